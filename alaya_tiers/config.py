@@ -1,0 +1,125 @@
+"""Frozen settings, checked once."""
+
+import dataclasses
+import re
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self, get_args, get_type_hints
+
+from alaya_tiers.errors import ConfigError
+
+_UNITS = {"": 1, "b": 1}
+_UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
+_UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
+
+IoMode = Literal["auto", "direct", "buffered"]
+Mode = Literal["exact"]
+
+
+def parse_bytes(size: int | str) -> int:
+    """Bytes of ``8589934592``, ``"8GiB"``, ``"500 MB"`` or ``"1.5gib"``.
+
+    Raises ConfigError for anything else, and for negative sizes.
+    """
+    if isinstance(size, bool) or not isinstance(size, int | str):
+        raise ConfigError(f"a size is a number of bytes or a string such as '8GiB', not {size!r}")
+    if isinstance(size, int):
+        if size < 0:
+            raise ConfigError(f"a size cannot be negative: {size}")
+        return size
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", size)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ConfigError(f"cannot read {size!r} as a size; write bytes or e.g. '512MiB', '8GiB', '1.5GB'")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def format_bytes(n: float) -> str:
+    """``n`` bytes for people: ``format_bytes(1536) == '1.5 KiB'``."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(n) < 1024:
+            return f"{n:.0f} {unit}" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1024
+    return f"{n:.1f} TiB"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings of one cache. Every field has a default that works; sizes are bytes or strings.
+
+    device_budget: bytes of KV in the device tier (GPU memory with CUDA, an arena of plain memory without).
+    host_budget: bytes of KV in the host tier (pinned when CUDA is there).
+    ssd_budget: bytes of KV on disk; None = as much as the disk has.
+    mode: "exact" (tokens identical to DynamicCache).
+    block_tokens: tokens of one block, a power of two.
+    segment_tokens: tokens of one segment (one file per layer), a power of two, at least block_tokens.
+    sink_tokens: first tokens of the context that the device tier prefers to keep.
+    dirty_limit: share of the host tier that may wait to be written; above it write-behind starts.
+    prefetch_share: share of the host tier that reads ahead may fill.
+    batch_bytes: bytes of one streamed batch: what attention waits for at a time.
+    io: "direct" (O_DIRECT: the page cache is not used, the budgets are all the memory there is), "buffered",
+        or "auto" (direct where the file system can).
+    io_threads: reads and writes in flight at once.
+    eviction: policy of the host tier, a name in ``alaya_tiers.policies.EVICTION``.
+    prefetch: policy of reading ahead, a name in ``alaya_tiers.policies.PREFETCH``.
+    """
+
+    device_budget: int = 256 << 20
+    host_budget: int = 2 << 30
+    ssd_budget: int | None = None
+    mode: Mode = "exact"
+    block_tokens: int = 256
+    segment_tokens: int = 8192
+    sink_tokens: int = 256
+    dirty_limit: float = 0.5
+    prefetch_share: float = 0.25
+    batch_bytes: int = 4 << 20
+    io: IoMode = "auto"
+    io_threads: int = 4
+    eviction: str = "scan"
+    prefetch: str = "next"
+
+    def __post_init__(self) -> None:
+        for name in ("device_budget", "host_budget", "ssd_budget", "batch_bytes"):
+            if (size := getattr(self, name)) is not None:
+                object.__setattr__(self, name, parse_bytes(size))
+        for name in ("block_tokens", "segment_tokens"):
+            n = getattr(self, name)
+            if not isinstance(n, int) or n < 1 or n & (n - 1):
+                raise ConfigError(f"{name} must be a power of two, got {n!r}")
+        if self.segment_tokens < self.block_tokens:
+            raise ConfigError(f"segment_tokens ({self.segment_tokens}) is below block_tokens ({self.block_tokens})")
+        for name in ("dirty_limit", "prefetch_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"{name} is a share between 0 and 1, got {getattr(self, name)!r}")
+        for name, least in (("sink_tokens", 0), ("io_threads", 1), ("batch_bytes", 1)):
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
+                raise ConfigError(f"{name} is an integer of at least {least}, got {getattr(self, name)!r}")
+        _check_choice("io", self.io, get_args(IoMode))
+        _check_choice("mode", self.mode, get_args(Mode))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Settings from a mapping; an unknown name is a ConfigError that lists the known ones."""
+        known = get_type_hints(cls)
+        if unknown := sorted(set(values) - set(known)):
+            raise ConfigError(f"unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_toml(cls, path: str | Path) -> Self:
+        """Settings from the ``[alaya_tiers]`` table of a TOML file (or the whole file without such a table)."""
+        try:
+            data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read settings from {path}: {error}") from error
+        return cls.from_dict(data.get("alaya_tiers", data))
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, checked again."""
+        return type(self).from_dict(dataclasses.asdict(self) | changes)
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is not available; choose one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,367 @@
+"""Wires budgets, tiers, ledger, mover and loop together; what a session and its forks share."""
+
+import asyncio
+import weakref
+from collections import deque
+from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from alaya_tiers.attention import copy_blocks
+from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
+from alaya_tiers.config import Settings
+from alaya_tiers.errors import BudgetTooSmall, InputError
+from alaya_tiers.ledger import Ids
+from alaya_tiers.loop import LoopThread
+from alaya_tiers.mover import Mover, Policies, Traffic
+from alaya_tiers.policies import EVICTION, PREFETCH, Watermark, Window, by_name
+from alaya_tiers.seams import Clock, Disk, Executor, SystemClock, SystemDisk, Threads
+from alaya_tiers.stats import Touched
+from alaya_tiers.store import Model, Store
+from alaya_tiers.tiers.base import Accountant, Addresses
+from alaya_tiers.tiers.device import DeviceTier
+from alaya_tiers.tiers.host import HostTier
+from alaya_tiers.tiers.ssd import SsdTier
+from alaya_tiers.tiers.zarr_format import storable
+
+T = TypeVar("T")
+Columns = npt.NDArray[np.intp]
+
+LOADS_AHEAD = 2
+"""Batches that are on their way while one is attended."""
+
+
+class Engine:
+    """One store, one set of budgets, one mover. Made at construction, its memory at the first update.
+
+    Thread-safe as far as its callers hold ``mover.lock`` around what they read from the ledger.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        path: str | None = None,
+        model: Model | None = None,
+        *,
+        disk: Disk | None = None,
+        executor: Executor | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.settings = settings
+        self.accountant = Accountant(
+            {"device": settings.device_budget, "host": settings.host_budget, "ssd": settings.ssd_budget}
+        )
+        self.policies = Policies(
+            device=Window(settings.sink_tokens),
+            host=by_name(EVICTION, settings.eviction),
+            prefetch=by_name(PREFETCH, settings.prefetch),
+            write=Watermark(settings.dirty_limit),
+        )
+        self.clock: Clock = clock or SystemClock()
+        self.store = Store(path, model, disk or SystemDisk())
+        self.touched = Touched()
+        self.waited_seconds = 0.0
+        self._executor = executor
+        self._mover: Mover | None = None
+        self._loop: LoopThread | None = None
+        self._streams = 0
+        self._finalizer = weakref.finalize(self, _close, self.store, None, None, None)
+
+    # ------------------------------------------------------------------ set-up
+    @property
+    def mover(self) -> Mover:
+        """The mover; there is one from the first ``fit`` on."""
+        assert self._mover is not None, "no layer has been fitted yet"
+        return self._mover
+
+    @property
+    def started(self) -> bool:
+        """Whether there is memory yet."""
+        return self._mover is not None
+
+    def fit(self, layer: int, geometry: Geometry, device: torch.device) -> BlockShape:
+        """The block shape of a layer that is seen for the first time. Raises BudgetTooSmall, ConfigError, InputError."""
+        if not storable(geometry.dtype):
+            raise InputError(f"keys and values of {geometry.dtype} cannot be stored; use float32, bfloat16 or float16")
+        s = self.settings
+        if self._mover is None:
+            slot = round_up(s.block_tokens * geometry.row_bytes, PAGE)
+            for tier, budget, slots in (
+                ("device", s.device_budget, geometry.kv_heads),
+                ("host", s.host_budget, 2 * geometry.kv_heads),
+            ):
+                if budget < slots * slot:
+                    raise BudgetTooSmall(tier, budget, slots * slot, f"a run of blocks takes {slots * slot:,} bytes")
+            self._start(slot, device)
+        shape = BlockShape.fit(geometry, self.mover.host.slot_bytes, s.block_tokens)
+        known = self.mover.shapes.setdefault(layer, shape)
+        if known != shape:
+            raise InputError(f"layer {layer} holds {known.geometry}, got {geometry}")
+        if s.host_budget < self.mover.host_floor:
+            raise BudgetTooSmall("host", s.host_budget, self.mover.host_floor, "two runs of blocks must fit")
+        return shape
+
+    def new_stream(self) -> int:
+        """A name for the blocks of one sequence, none of which another sequence writes."""
+        self._streams += 1
+        return self._streams - 1
+
+    def _start(self, slot_bytes: int, device: torch.device) -> None:
+        s = self.settings
+        executor = self._executor or Threads(s.io_threads, "alaya-io")
+        ssd = self.store.tier(s.io, self.accountant, s.segment_tokens, s.io_threads)
+        publish = partial(_publish, self.store, ssd, executor, s.segment_tokens)
+        device_tier = DeviceTier(s.device_budget, slot_bytes, self.accountant, device)
+        host_tier = HostTier(s.host_budget, slot_bytes, self.accountant)
+        self._mover = Mover(s, self.policies, device_tier, host_tier, ssd, executor, publish)
+        self._loop = LoopThread()
+        self._finalizer.detach()
+        self._finalizer = weakref.finalize(self, _close, self.store, self._mover, self._loop, executor)
+
+    # ------------------------------------------------------------------ the write path
+    def open_blocks(self, layer: int, stream: int, start: int, heads: int) -> int:
+        """New open blocks of one run of tokens, one a kv head; the first id. Raises StoreError, BudgetTooSmall."""
+        mover = self.mover
+        with mover.lock:
+            slots = mover.try_device(heads)
+            if slots is not None:
+                first = mover.ledger.opened(layer, stream, start, slots)
+        if slots is None:
+            slots = self._wait(mover.device_room(heads))
+            with mover.lock:
+                first = mover.ledger.opened(layer, stream, start, slots)
+        if mover.wants_writer():
+            self._bridge.call(mover.kick_writer)
+        return first
+
+    def copy_rows(self, source: Ids, target: Ids, nbytes: int) -> None:
+        """Copy the first ``nbytes`` of blocks, wherever they are, to open blocks."""
+        mover = self.mover
+        self._wait(mover.load(source, asyncio.Lock()))
+        try:
+            with mover.lock:
+                src, dst = mover.addresses(source), mover.addresses(target)
+            copy_blocks(src, dst, nbytes)
+        finally:
+            self.unpin(source, used=False)
+
+    def release(self, ids: Ids) -> None:
+        """One sequence less holds the blocks."""
+        with self.mover.lock:
+            self.mover.give_back(self.mover.ledger.release(ids))
+
+    def flush(self, contexts: dict[str, Any]) -> None:
+        """Write all sealed blocks, and what they make up, to the store. Raises StoreError; memory stays as it is."""
+        if self._mover is None:
+            return
+        mover = self.mover
+        while True:
+            with mover.lock:
+                ids = mover.ledger.demotable_ids()
+                if not ids.size:
+                    break
+                room = mover.demote(ids[: max(1, mover.host.capacity // 2)])
+            if not room:
+                self._wait(mover.flush())
+        self._wait(mover.flush())
+        for number, file in enumerate(mover.ssd.files):
+            if file.live and not file.full:
+                self._bridge.run(mover.publish(number))
+        self._bridge.run(self.store.save_manifest(contexts))
+
+    # ------------------------------------------------------------------ the read path
+    def reading(self, ids: Ids, upcoming: Callable[[], Iterator[Ids]]) -> Iterator[tuple[Columns, Addresses]]:
+        """The blocks ``ids`` [kv_heads, columns], readable while the iterator stands on them: what is in memory first, then
+
+        batches of the rest as they arrive. Yields (columns, addresses [kv_heads, len(columns)]). upcoming: the block ids
+        attention will ask for next, in order, for reading ahead. Raises StoreError; nothing stays pinned.
+        """
+        mover, book = self.mover, self.mover.ledger
+        with mover.lock:
+            here = book.readable(ids).all(0)
+            resident = ids[:, here]
+            flat = resident.ravel()
+            book.pin(flat)
+            addresses = mover.addresses(resident)
+            self._count(flat)
+        cold = np.flatnonzero(~here)
+        loads = Loads(self, ids, cold)
+        try:
+            try:
+                loads.start()
+                if flat.size:
+                    yield np.flatnonzero(here), addresses
+            finally:
+                self.unpin(flat, used=True)
+            while (columns := loads.next()) is not None:
+                if loads.all_started:
+                    self._read_ahead(upcoming)
+                batch = ids[:, columns]
+                try:
+                    with mover.lock:
+                        addresses = mover.addresses(batch)
+                    yield columns, addresses
+                finally:
+                    self.unpin(batch.ravel(), used=True)
+        finally:
+            loads.abandon()
+        if not cold.size:
+            self._read_ahead(upcoming)
+
+    def _read_ahead(self, upcoming: Callable[[], Iterator[Ids]]) -> None:
+        """Hand the reader the next cold blocks, as many as it may read ahead."""
+        mover = self.mover
+        if not mover.may_read_ahead():
+            return
+        room, found = int(self.settings.prefetch_share * mover.host.capacity), []
+        for ids in upcoming():
+            with mover.lock:
+                flat = ids.T.ravel()
+                flat = flat[~mover.ledger.readable(flat) & ~mover.ledger.coming(flat)]
+            found.append(flat[:room])
+            room -= found[-1].size
+            if room <= 0:
+                break
+        if found and (cold := np.concatenate(found)).size:
+            self._bridge.call(partial(mover.kick_reader, cold))
+
+    def _count(self, ids: Ids) -> None:
+        """Note where attention found blocks that are in memory."""
+        mover, book = self.mover, self.mover.ledger
+        sizes = mover.sizes(ids)
+        device, ahead = book.device[ids] >= 0, book.ahead[ids]
+        self.touched.device += int(sizes[device].sum())
+        self.touched.ahead += int(sizes[ahead].sum())
+        self.touched.host += int(sizes[~device & ~ahead].sum())
+
+    def unpin(self, ids: Ids, *, used: bool = False) -> None:
+        """The blocks' memory is no longer read; with ``used`` attention used them."""
+        mover = self.mover
+        with mover.lock:
+            if used:
+                mover.ledger.touch(ids)
+            mover.give_back(mover.ledger.unpin(ids))
+            wake = mover.waited_for
+        if wake:
+            self._bridge.call(mover.changed)
+
+    # ------------------------------------------------------------------ facts
+    def used_bytes(self, tier: str) -> int:
+        """Bytes of blocks in a tier."""
+        if self._mover is None or self.closed:
+            return 0
+        if tier == "ssd":
+            return self.accountant.used["ssd"]
+        memory = self._mover.device if tier == "device" else self._mover.host
+        return (memory.capacity - memory.free) * memory.slot_bytes
+
+    @property
+    def traffic(self) -> Traffic:
+        """What was moved."""
+        return self._mover.traffic if self._mover is not None else Traffic()
+
+    @property
+    def direct_io(self) -> bool:
+        """Whether the disk is read and written past the page cache."""
+        return self._mover is not None and self._mover.ssd.direct
+
+    # ------------------------------------------------------------------ the bridge
+    @property
+    def _bridge(self) -> LoopThread:
+        assert self._loop is not None
+        return self._loop
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Start a coroutine on the loop."""
+        return self._bridge.submit(work)
+
+    def wait_for(self, future: "Future[T]") -> T:
+        """The result of a future; the time it took counts as waiting for storage."""
+        began = self.clock.monotonic()
+        try:
+            return future.result()
+        finally:
+            self.waited_seconds += self.clock.monotonic() - began
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.wait_for(self.submit(work))
+
+    def close(self) -> None:
+        """Finish what is in flight, give back all memory, remove what nobody can read later. Twice is fine."""
+        self._finalizer()
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close`` was called."""
+        return not self._finalizer.alive
+
+
+class Loads:
+    """The cold columns of one attention, on their way in batches, a few at a time, in order."""
+
+    def __init__(self, engine: Engine, ids: Ids, columns: Columns) -> None:
+        self._engine, self._ids = engine, ids
+        mover = engine.mover
+        column_bytes = ids.shape[0] * mover.host.slot_bytes
+        most = max(
+            1, min(engine.settings.batch_bytes, mover.host.capacity * mover.host.slot_bytes // 4) // column_bytes
+        )
+        self._batches = deque(columns[i : i + most] for i in range(0, len(columns), most))
+        self._gate = asyncio.Lock()
+        self._running: deque[tuple[Columns, Future[None]]] = deque()
+
+    @property
+    def all_started(self) -> bool:
+        """Whether no batch is left to be asked for."""
+        return not self._batches
+
+    def start(self) -> None:
+        """Have up to LOADS_AHEAD batches on their way."""
+        mover = self._engine.mover
+        while self._batches and len(self._running) < LOADS_AHEAD:
+            columns = self._batches.popleft()
+            ids = self._ids[:, columns].ravel()
+            with mover.lock:
+                sizes = mover.sizes(ids)
+                ahead = mover.ledger.ahead[ids]
+            self._engine.touched.ahead += int(sizes[ahead].sum())
+            self._engine.touched.waited += int(sizes[~ahead].sum())
+            self._running.append((columns, self._engine.submit(mover.load(ids, self._gate))))
+
+    def next(self) -> Columns | None:
+        """The next batch, in memory and pinned; None after the last."""
+        if not self._running:
+            return None
+        columns, future = self._running[0]
+        self._engine.wait_for(future)
+        self._running.popleft()
+        self.start()
+        return columns
+
+    def abandon(self) -> None:
+        """Wait for what is still on its way and let go of it."""
+        while self._running:
+            columns, future = self._running.popleft()
+            if future.exception() is None:
+                self._engine.unpin(self._ids[:, columns].ravel())
+
+
+async def _publish(store: Store, ssd: SsdTier, executor: Executor, segment_tokens: int, number: int) -> None:
+    await executor.run(partial(ssd.write_index, number))
+    await store.publish(ssd, number, segment_tokens)
+
+
+def _close(store: Store, mover: Mover | None, loop: LoopThread | None, executor: Executor | None) -> None:
+    """What is left of an engine, taken down from the top."""
+    if loop is not None and mover is not None and executor is not None and loop.here:
+        loop.run(mover.close())
+        loop.close()
+        executor.close()
+        for tier in (mover.device, mover.host, mover.ssd):
+            tier.close()
+    store.close()

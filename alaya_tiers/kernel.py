@@ -1,0 +1,105 @@
+"""The compiled kernel (attend.c), through ctypes: one thin typed function per C function. ctypes releases the GIL."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Storage dtypes the kernel reads, with their number in attend.c."""
+
+_COPY_PAYS = 1 << 20  # bytes from which a second thread makes a copy faster
+
+
+class KernelMissing(ImportError):
+    """The compiled kernel is not there: the package was not built, or built for another Python."""
+
+
+@cache
+def _library() -> tuple[ctypes.CDLL, int | None]:
+    """The kernel, and the address of GOMP_parallel in the OpenMP runtime torch uses (None where it uses another)."""
+    found = sorted(Path(__file__).parent.glob("_attend*.so"))
+    if not found:
+        raise KernelMissing("alaya_tiers._attend is missing: install with pip, which needs a C compiler (gcc or clang)")
+    library = ctypes.CDLL(str(found[0]))
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    attend_arguments: list[type[Any]] = [pointer, number] + [pointer] * 6 + [number] * 6
+    library.alaya_attend.argtypes = attend_arguments + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 2
+    library.alaya_copy.argtypes = [pointer, number, pointer, pointer, pointer, number]
+    library.alaya_copy.restype = None
+    library.alaya_write.argtypes = [pointer, number, pointer, pointer, pointer, *[number] * 8]
+    library.alaya_write.restype = None
+    return library, _gomp_parallel()
+
+
+def _gomp_parallel() -> int | None:
+    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:  # a lookup in a library also searches what it was linked with: the very OpenMP runtime torch runs
+        return ctypes.cast(ctypes.CDLL(str(torch_cpu)).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
+
+
+def attend(
+    q: Tensor,
+    addresses: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int32],
+    counts: npt.NDArray[np.int32],
+    dims: tuple[int, int, int],
+    scale: float,
+    softcap: float,
+    lo: npt.NDArray[np.int32],
+    hi: npt.NDArray[np.int32],
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """attention.attend_blocks on arguments contiguous in their last dimension.
+
+    dims: k_dim, v_dim, number of the storage dtype in DTYPES. Raises MemoryError.
+    """
+    library, parallel = _library()
+    heads, rows, _ = q.shape
+    failed = library.alaya_attend(
+        parallel, torch.get_num_threads(), q.data_ptr(),
+        _address(addresses), _address(starts), _address(counts), _address(lo), _address(hi),
+        heads, rows, len(starts), addresses.strides[0] // 8, *dims, scale, softcap, out.data_ptr(), lse.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the partial results of attention")
+
+
+def copy(
+    src: npt.NDArray[np.int64], dst: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], threads: int | None
+) -> None:
+    """attention.copy_blocks on contiguous arguments."""
+    library, parallel = _library()
+    count = threads or _threads(int(sizes.sum()))
+    library.alaya_copy(parallel, count, _address(src), _address(dst), _address(sizes), len(src))
+
+
+def write(k: Tensor, v: Tensor, addresses: npt.NDArray[np.int64]) -> None:
+    """attention.write_rows on tensors whose last dimension is contiguous."""
+    library, parallel = _library()
+    size = k.element_size()
+    heads, n, k_dim = k.shape
+    k_bytes, v_bytes = k_dim * size, v.shape[2] * size
+    library.alaya_write(
+        parallel, _threads(heads * n * (k_bytes + v_bytes)), k.data_ptr(), v.data_ptr(), _address(addresses), heads, n,
+        k.stride(0) * size, k.stride(1) * size, v.stride(0) * size, v.stride(1) * size, k_bytes, v_bytes,
+    )  # fmt: skip
+
+
+def _threads(nbytes: int) -> int:
+    return torch.get_num_threads() if nbytes >= _COPY_PAYS else 1
+
+
+def _address(array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> int:
+    address: int = array.__array_interface__["data"][0]
+    return address

@@ -1,0 +1,67 @@
+"""The one bridge from a synchronous forward to the event loop."""
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from typing import Any, TypeVar
+
+from alaya_tiers.errors import SessionClosed
+
+T = TypeVar("T")
+
+
+class LoopThread:
+    """An event loop in a daemon thread of its own.
+
+    Thread-safe. Coroutines are written once, asynchronously; synchronous callers use ``run``.
+    """
+
+    def __init__(self, name: str = "alaya-loop") -> None:
+        self._loop = asyncio.new_event_loop()
+        self._pid = os.getpid()
+        self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        """Start ``work`` on the loop; its result comes through the future."""
+        try:
+            self._check()
+        except SessionClosed:
+            work.close()
+            raise
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``. Blocks; must not be called on the loop's own thread."""
+        future = self.submit(work)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()
+            raise
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Have the loop call ``function`` soon."""
+        self._check()
+        self._loop.call_soon_threadsafe(function)
+
+    @property
+    def here(self) -> bool:
+        """Whether the loop runs, in this process."""
+        return os.getpid() == self._pid and not self._loop.is_closed()
+
+    def close(self) -> None:
+        """Stop the loop and wait for its thread. Closing twice is fine."""
+        if not self.here:
+            return
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _check(self) -> None:
+        if os.getpid() != self._pid:
+            raise SessionClosed("this cache belongs to the process that made it; make a new one after a fork")
+        if self._loop.is_closed():
+            raise SessionClosed("this cache is closed")

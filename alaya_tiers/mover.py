@@ -1,0 +1,432 @@
+"""Carries blocks between the tiers: the only module that awaits storage.
+
+    update     device slots run out -> the window policy names victims -> copied to host slots -> dirty
+    behind     dirty blocks above the watermark -> ssd -> clean
+    attention  cold blocks -> the eviction policy frees host slots -> read and verified in place -> pinned until attended
+
+Memory-to-memory moves happen at once, under the lock. Whatever must wait for storage is a coroutine: it tries under the lock
+and, when that fails, sleeps until something has changed. A read or write owns its slots until it is complete, whoever
+awaited it: cancelling an await never frees memory that a thread still fills.
+"""
+
+import asyncio
+import threading
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+
+from alaya_tiers.attention import copy_blocks
+from alaya_tiers.blocks import BlockShape
+from alaya_tiers.config import Settings
+from alaya_tiers.errors import AlayaError, BudgetTooSmall
+from alaya_tiers.ledger import Freed, Ids, Ledger, Slots
+from alaya_tiers.policies import EvictionPolicy, EvictionView, PrefetchPolicy, PrefetchView, WritePolicy, WriteView
+from alaya_tiers.seams import Executor
+from alaya_tiers.tiers.base import Addresses, MemoryTier
+from alaya_tiers.tiers.ssd import SsdTier
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Policies:
+    """The decisions a mover asks for."""
+
+    device: EvictionPolicy
+    host: EvictionPolicy
+    prefetch: PrefetchPolicy
+    write: WritePolicy
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What was moved, in bytes and blocks since the start."""
+
+    demoted_bytes: int = 0
+    written_bytes: int = 0
+    read_bytes: int = 0
+    read_ahead_bytes: int = 0
+    dropped_blocks: int = 0
+    reads: int = 0
+    writes: int = 0
+    stalls: int = 0
+
+
+class Mover:
+    """Moves blocks as the policies decide. Synchronous methods never wait; coroutines run on one event loop.
+
+    shapes: block shape of each layer, appended to as layers appear. published: called on the loop with the number of each
+    segment file that became full.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        policies: Policies,
+        device: MemoryTier,
+        host: MemoryTier,
+        ssd: SsdTier,
+        executor: Executor,
+        publish: Callable[[int], Coroutine[Any, Any, None]],
+    ) -> None:
+        self.settings, self.policies, self.device, self.host, self.ssd = settings, policies, device, host, ssd
+        self.ledger, self.traffic, self.lock = Ledger(), Traffic(), threading.RLock()
+        self.shapes: dict[int, BlockShape] = {}
+        self.garbage: list[str] = []
+        """Files nothing lives in any more; the writer removes them."""
+        self.publish = publish
+        self._executor = executor
+        self._changed = asyncio.Event()
+        self._waiters = 0
+        self._flushing = False
+        self._write_error: AlayaError | None = None
+        self._writer: asyncio.Task[None] | None = None
+        self._reader_ahead: asyncio.Task[None] | None = None
+        self._operations: set[asyncio.Task[None]] = set()
+
+    # ------------------------------------------------------------------ at once, under the lock
+    def demote(self, ids: Ids) -> bool:
+        """Copy sealed device blocks down to the host tier and free their slots; False when there is no host room."""
+        slots = self.try_host(ids.size)
+        if slots is None:
+            return False
+        sizes = self.sizes(ids)
+        copy_blocks(self.device.addresses(self.ledger.device[ids]), self.host.addresses(slots), sizes)
+        self.device.give(self.ledger.demoted(ids, slots))
+        self.traffic.demoted_bytes += int(sizes.sum())
+        return True
+
+    def may_read_ahead(self) -> bool:
+        """Whether anything is on ssd that could be read ahead, and nothing is being read ahead now."""
+        return self._reader_ahead is None and self.traffic.written_bytes > 0
+
+    def try_device(self, n: int) -> Slots | None:
+        """``n`` device slots, demoting blocks if needed; None when that needs host room first.
+
+        Raises BudgetTooSmall when open blocks alone fill the device tier.
+        """
+        short = n - self.device.free
+        if short > 0:
+            candidates = self.ledger.demotable_ids()
+            victims = self.policies.device.victims(self._view(candidates), short)
+            if victims.size < short:
+                if self.ledger.pinned_count():
+                    return None
+                open_slots = self.device.capacity - self.device.free - candidates.size
+                smallest = (open_slots + n) * self.device.slot_bytes
+                budget = self.settings.device_budget
+                raise BudgetTooSmall(
+                    "device", budget, smallest, f"the open blocks of this batch need {smallest:,} bytes"
+                )
+            if not self.demote(victims):
+                return None
+        return self.device.take(n)
+
+    def try_host(self, n: int, among: Callable[[Ids], Ids] | None = None) -> Slots | None:
+        """``n`` host slots, dropping clean copies if needed; None when there are not enough.
+
+        among: narrows the ids that may be dropped.
+        """
+        short = n - self.host.free
+        if short > 0:
+            candidates = self.ledger.droppable_ids()
+            if among is not None:
+                candidates = among(candidates)
+            if candidates.size < short:
+                return None
+            victims = self.policies.host.victims(self._view(candidates), short)
+            self.host.give(self.ledger.dropped(victims))
+            self.traffic.dropped_blocks += victims.size
+        return self.host.take(n)
+
+    def addresses(self, ids: Ids) -> Addresses:
+        """Where readable blocks lie in memory, int64 of the shape of ``ids``. The caller has pinned them."""
+        device, host = self.ledger.device[ids], self.ledger.host[ids]
+        result = np.empty(ids.shape, np.int64)
+        on_device = device >= 0
+        result[on_device] = self.device.addresses(device[on_device])
+        result[~on_device] = self.host.addresses(host[~on_device])
+        return result
+
+    def give_back(self, freed: Freed) -> None:
+        """Return what dead blocks left behind to the tiers."""
+        if freed.device.size:
+            self.device.give(freed.device)
+        if freed.host.size:
+            self.host.give(freed.host)
+        if freed.file.size:
+            self.garbage += self.ssd.forget(freed.file)
+
+    def wants_writer(self) -> bool:
+        """Whether write-behind has something to do and is not running."""
+        return self._writer is None and bool(self.garbage or self._next_writes().size)
+
+    @property
+    def host_floor(self) -> int:
+        """The smallest host budget that works, bytes: one run of blocks being attended, one on its way."""
+        heads = max((shape.geometry.kv_heads for shape in self.shapes.values()), default=1)
+        return 2 * heads * self.host.slot_bytes
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether some coroutine sleeps until something changes."""
+        return self._waiters > 0
+
+    # ------------------------------------------------------------------ on the loop
+    async def device_room(self, n: int) -> Slots:
+        """``n`` device slots, waiting for write-behind if it must. Raises BudgetTooSmall, StoreError."""
+        return await self._until(lambda: self.try_device(n))
+
+    async def load(self, ids: Ids, gate: asyncio.Lock) -> None:
+        """Bring blocks into memory and pin them. Loads that share a gate get their room in the order they were started,
+
+        so that one that is asked for later never starves one that is asked for sooner. Raises StoreError; nothing stays
+        pinned then.
+        """
+        rest, pinned = ids, ids[:0]
+        try:
+            while rest.size:
+                async with gate:
+                    missing = await self._until(lambda rest=rest, new=not pinned.size: self._claim(rest, pin=new))
+                    pinned = ids
+                if missing.size:
+                    await self._owned(self._fetch(missing))
+                await self._until(lambda rest=rest: None if self.ledger.coming(rest).any() else True)
+                with self.lock:
+                    rest = rest[~self.ledger.readable(rest)]
+        except BaseException:
+            with self.lock:
+                self.give_back(self.ledger.unpin(pinned))
+            self.changed()
+            raise
+
+    async def flush(self) -> None:
+        """Write every dirty host block. Raises StoreError; what was written stays written."""
+        self._flushing = True
+        try:
+            self.kick_writer()
+            await self._until(lambda: None if self.ledger.dirty_ids().size or self.ledger.writing_count() else True)
+        finally:
+            self._flushing = False
+
+    def kick_writer(self) -> None:
+        """Start writing behind, if there is anything to write. On the loop only."""
+        if self._writer is None:
+            self._writer = asyncio.get_running_loop().create_task(self._write_behind())
+
+    def kick_reader(self, upcoming: Ids) -> None:
+        """Read ahead what the policy picks of ``upcoming``, cold blocks in the order of need. On the loop only."""
+        if self._reader_ahead is None and upcoming.size:
+            self._reader_ahead = asyncio.get_running_loop().create_task(self._read_ahead(upcoming))
+
+    def changed(self) -> None:
+        """Wake whoever waits. On the loop only."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def close(self) -> None:
+        """Wait until no read or write is under way."""
+        for task in (self._writer, self._reader_ahead):
+            if task is not None:
+                task.cancel()
+        await asyncio.gather(
+            *self._operations, *filter(None, (self._writer, self._reader_ahead)), return_exceptions=True
+        )
+
+    # ------------------------------------------------------------------ inside
+    async def _until(self, attempt: Callable[[], T | None]) -> T:
+        """The first result of ``attempt`` that is not None; it is tried, under the lock, after every change."""
+        first = True
+        while True:
+            changed = self._changed
+            with self.lock:
+                result = attempt()
+                if result is not None:
+                    return result
+                if first:
+                    first, self._write_error = False, None  # an old failure is tried again before it is believed
+                    self.traffic.stalls += 1
+                self._raise_if_stuck()
+                self._waiters += 1
+            try:
+                self.kick_writer()
+                await changed.wait()
+            finally:
+                with self.lock:
+                    self._waiters -= 1
+
+    def _raise_if_stuck(self) -> None:
+        """Nothing in flight can make room: say why instead of waiting forever."""
+        book = self.ledger
+        if book.pinned_count() or book.fetching_count() or book.writing_count():
+            return
+        if self._write_error is not None:
+            error, self._write_error = self._write_error, None
+            raise error
+        if not book.dirty_ids().size:
+            smallest = self.host_floor
+            raise BudgetTooSmall("host", self.settings.host_budget, smallest, "one batch of blocks does not fit")
+
+    def _claim(self, ids: Ids, *, pin: bool) -> Ids | None:
+        """Pin ids and reserve slots for the cold ones, all or nothing; the cold ones, now being fetched."""
+        missing = ids[~self.ledger.readable(ids) & ~self.ledger.coming(ids)]
+        self.ledger.pin(ids)
+        slots = self.try_host(missing.size) if missing.size else np.empty(0, np.int32)
+        if slots is None or not pin:
+            self.ledger.unpin(ids)
+        if slots is None:
+            return None
+        if missing.size:
+            self.ledger.fetching(missing, slots)
+        return missing
+
+    async def _fetch(self, ids: Ids) -> None:
+        """Read blocks into the slots the ledger names."""
+        book = self.ledger
+        with self.lock:
+            jobs = self.ssd.read_jobs(
+                book.file[ids], book.offset[ids], self.host.addresses(book.host[ids]), book.digest[ids]
+            )
+        errors = [e for e in await self._all(jobs) if isinstance(e, BaseException)]
+        with self.lock:
+            if errors:
+                slots, freed = book.unfetched(ids)
+                self.host.give(slots)
+            else:
+                freed = book.fetched(ids)
+                self.traffic.read_bytes += int(self.sizes(ids).sum())
+                self.traffic.reads += len(jobs)
+            self.give_back(freed)
+        self.changed()
+        if errors:
+            raise errors[0]
+
+    async def _read_ahead(self, upcoming: Ids) -> None:
+        """Read ahead, batch by batch, into slots of what was just used; stop at the first sign of pressure."""
+        book, batch = self.ledger, max(1, self.settings.batch_bytes // self.host.slot_bytes)
+        try:
+            with self.lock:
+                upcoming = upcoming[(book.refs[upcoming] > 0)]
+                waiting = int(np.count_nonzero(book.ahead))
+                room = int(self.settings.prefetch_share * self.host.capacity) - waiting
+                chosen = self.policies.prefetch.plan(PrefetchView(upcoming, max(0, room)))
+            while chosen.size:
+                ids, chosen = chosen[:batch], chosen[batch:]
+                with self.lock:
+                    ids = ids[(book.refs[ids] > 0) & (book.host[ids] < 0) & (book.file[ids] >= 0)]
+                    ids = ids[book.busy[ids] == 0]
+                    slots = self.try_host(ids.size, lambda c: c[(book.used[c] >= book.pass_tick) & ~book.ahead[c]])
+                    if self._waiters or slots is None:
+                        if slots is not None:
+                            self.host.give(slots)
+                        return
+                    book.fetching(ids, slots, ahead=True)
+                try:
+                    await self._owned(self._fetch(ids))
+                except AlayaError:
+                    return  # whoever really needs the block will meet the error
+                self.traffic.read_ahead_bytes += int(self.sizes(ids).sum())
+        finally:
+            self._reader_ahead = None
+
+    async def _write_behind(self) -> None:
+        try:
+            while True:
+                with self.lock:
+                    ids, garbage = self._next_writes(), self.garbage
+                    self.garbage = []
+                if garbage:
+                    await self._executor.run(partial(self._remove, garbage))
+                if not ids.size:
+                    return
+                try:
+                    await self._owned(self._write(ids))
+                except AlayaError as error:
+                    self._write_error = error
+                    return
+        finally:
+            self._writer = None
+            self.changed()
+
+    def _remove(self, paths: list[str]) -> None:
+        for path in paths:
+            self.ssd.remove(path)
+
+    def _next_writes(self) -> Ids:
+        batch = max(1, self.settings.batch_bytes // self.host.slot_bytes)
+        wanted = self._flushing or self._waiters > 0
+        book = self.ledger
+        view = WriteView(book.dirty_ids(), book.writing_count(), self.host.capacity, wanted)
+        return self.policies.write.plan(view)[:batch]
+
+    async def _write(self, ids: Ids) -> None:
+        """Write dirty host blocks to places of their own."""
+        book = self.ledger
+        with self.lock:
+            places = self._places(ids)
+            files = np.array([number for number, _ in places], np.int32)
+            offsets = np.array([offset for _, offset in places], np.int64)
+            book.writing(ids, files, offsets)
+            jobs = self.ssd.write_jobs(files, offsets, self.host.addresses(book.host[ids]))
+        results = await self._all(jobs)
+        errors = [e for e in results if isinstance(e, BaseException)]
+        full: set[int] = set()
+        with self.lock:
+            if errors:
+                for place in places:
+                    self.ssd.unplace(*place)
+                self.give_back(book.unwritten(ids))
+            else:
+                digests = np.empty(ids.size, np.uint64)
+                for result in results:
+                    assert not isinstance(result, BaseException)
+                    digests[result[0]] = result[1]
+                full = self.ssd.confirm(files)
+                self.traffic.written_bytes += int(self.sizes(ids).sum())
+                self.traffic.writes += len(jobs)
+                self.give_back(book.written(ids, digests))
+        self.changed()
+        if errors:
+            raise errors[0]
+        for number in sorted(full):
+            await self.publish(number)
+
+    def _places(self, ids: Ids) -> list[tuple[int, int]]:
+        book = self.ledger
+        places: list[tuple[int, int]] = []
+        try:
+            for i in ids.tolist():
+                layer = int(book.layer[i])
+                where = (int(book.stream[i]), int(book.start[i]), int(book.head[i]))
+                places.append(self.ssd.place(layer, self.shapes[layer], *where))
+        except AlayaError:
+            for place in places:
+                self.ssd.unplace(*place)
+            raise
+        return places
+
+    async def _all(self, jobs: list[Callable[[], T]]) -> list[T | BaseException]:
+        """Results of all jobs; every one has ended when this returns."""
+        return await asyncio.gather(*(self._executor.run(job) for job in jobs), return_exceptions=True)
+
+    async def _owned(self, operation: Coroutine[Any, Any, None]) -> None:
+        """Await an operation that goes on to its end even when the awaiting task is cancelled."""
+        task = asyncio.get_running_loop().create_task(operation)
+        self._operations.add(task)
+        task.add_done_callback(self._operations.discard)
+        await asyncio.shield(task)
+
+    def _view(self, ids: Ids) -> EvictionView:
+        book = self.ledger
+        layers = len(self.shapes)
+        return EvictionView(ids, book.layer[ids], book.start[ids], book.used[ids], book.cursor, book.pass_tick, layers)
+
+    def sizes(self, ids: Ids) -> "np.ndarray[Any, np.dtype[np.int64]]":
+        """Bytes of each block, int64."""
+        sizes = np.zeros(max(self.shapes) + 1, np.int64)
+        for layer, shape in self.shapes.items():
+            sizes[layer] = shape.nbytes
+        return sizes[self.ledger.layer[ids]]

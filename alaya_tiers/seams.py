@@ -1,0 +1,157 @@
+"""The four seams to the outside world: Clock, Disk, Executor, Rng.
+
+Everything that depends on time, files, threads or chance goes through one of these, so that the whole pipeline also
+runs in one thread, on a virtual clock, over a simulated disk, the same way every time for the same seed
+(``alaya_tiers.testing``).
+"""
+
+import asyncio
+import contextlib
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import aiofiles
+
+T = TypeVar("T")
+Rng = random.Random
+"""Chance: always an instance made from a seed, never the module's global one."""
+
+
+class Clock(Protocol):
+    """Time."""
+
+    def monotonic(self) -> float:
+        """Seconds since some fixed moment."""
+        ...
+
+
+class Executor(Protocol):
+    """Threads: runs blocking work away from the event loop."""
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """The result of ``work()``. Cancelling the await does not stop work that has started."""
+        ...
+
+    def close(self) -> None:
+        """Wait for all work in progress; take no more."""
+        ...
+
+
+class Disk(Protocol):
+    """Files. ``open`` to ``close`` block and run on an Executor; ``load`` and ``save`` are for small files.
+
+    Every method may raise OSError; nothing else.
+    """
+
+    def open(self, path: str, *, create: bool, direct: bool) -> int:
+        """A handle for reading and writing; with ``direct`` all buffers, offsets and lengths are page-aligned."""
+        ...
+
+    def read(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Fill buffers from ``offset``; the number of bytes read, which may be short."""
+        ...
+
+    def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write buffers at ``offset``; the number of bytes written, which may be short."""
+        ...
+
+    def close(self, handle: int) -> None:
+        """Give the handle back."""
+        ...
+
+    async def load(self, path: str) -> bytes:
+        """The whole of a small file."""
+        ...
+
+    async def save(self, path: str, data: bytes) -> None:
+        """Replace a small file by ``data``, durably and in one step; parents are created."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Delete a file, or a directory and all it holds; a missing one is fine."""
+        ...
+
+    def free_bytes(self, path: str) -> int:
+        """What the file system under ``path`` has left."""
+        ...
+
+
+class SystemClock:
+    """The real clock."""
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+
+class Threads:
+    """A pool of ``n`` real threads."""
+
+    def __init__(self, n: int, name: str) -> None:
+        self._pool = ThreadPoolExecutor(n, thread_name_prefix=name)
+
+    async def run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+
+class SystemDisk:
+    """The real file system."""
+
+    def open(self, path: str, *, create: bool, direct: bool) -> int:
+        flags = os.O_RDWR | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+        if direct:
+            flags |= getattr(os, "O_DIRECT", 0)
+        if create:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            flags |= os.O_CREAT
+        return os.open(path, flags, 0o600)
+
+    def read(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return os.preadv(handle, buffers, offset)
+
+    def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
+        return os.pwritev(handle, buffers, offset)
+
+    def close(self, handle: int) -> None:
+        os.close(handle)
+
+    async def load(self, path: str) -> bytes:
+        async with aiofiles.open(path, "rb") as file:
+            return await file.read()
+
+    async def save(self, path: str, data: bytes) -> None:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        partial = f"{path}.partial"
+        try:
+            async with aiofiles.open(partial, "wb") as file:
+                await file.write(data)
+                await file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(partial)
+            raise
+        directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+    def remove(self, path: str) -> None:
+        if Path(path).is_dir() and not Path(path).is_symlink():
+            shutil.rmtree(path)
+        else:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+    def free_bytes(self, path: str) -> int:
+        return shutil.disk_usage(path).free

@@ -1,0 +1,52 @@
+"""Pure decisions: which blocks leave a tier, which are read ahead, which are written behind.
+
+A policy is a frozen dataclass with one pure method, view -> plan. Names exist for settings files only.
+"""
+
+from collections.abc import Mapping
+from typing import TypeVar
+
+from alaya_tiers.errors import ConfigError
+from alaya_tiers.policies.ahead import NextInOrder, NoPrefetch
+from alaya_tiers.policies.base import (
+    EvictionPolicy,
+    EvictionView,
+    PrefetchPolicy,
+    PrefetchView,
+    WritePolicy,
+    WriteView,
+)
+from alaya_tiers.policies.lru import Lru
+from alaya_tiers.policies.scan import Scan
+from alaya_tiers.policies.watermark import Watermark
+from alaya_tiers.policies.window import Window
+
+__all__ = [
+    "EVICTION",
+    "PREFETCH",
+    "EvictionPolicy",
+    "EvictionView",
+    "Lru",
+    "NextInOrder",
+    "NoPrefetch",
+    "PrefetchPolicy",
+    "PrefetchView",
+    "Scan",
+    "Watermark",
+    "Window",
+    "WritePolicy",
+    "WriteView",
+    "by_name",
+]
+
+EVICTION: dict[str, type[EvictionPolicy]] = {"lru": Lru, "scan": Scan}
+PREFETCH: dict[str, type[PrefetchPolicy]] = {"none": NoPrefetch, "next": NextInOrder}
+
+P = TypeVar("P")
+
+
+def by_name(known: Mapping[str, type[P]], name: str) -> P:
+    """The policy a settings file names; ConfigError that lists the known ones otherwise."""
+    if name not in known:
+        raise ConfigError(f"unknown policy {name!r}; known are {', '.join(sorted(known))}")
+    return known[name]()

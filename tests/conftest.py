@@ -1,0 +1,112 @@
+"""What every test gets: two torch threads, a fixed seed, and a check that it left no file and no thread behind."""
+
+import faulthandler
+import gc
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zarr.core.sync
+from hypothesis import settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+settings.register_profile("check", derandomize=True, deadline=None)
+settings.register_profile(
+    "explore", deadline=None, max_examples=2000
+)  # HYPOTHESIS_PROFILE=explore: new examples each run
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "check"))
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(2)
+    faulthandler.enable()
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The top of the source tree."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Models, traces and books, which are not part of the repository."""
+    path = ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip("no ../shared/data beside the source tree")
+    return path
+
+
+@pytest.fixture(scope="session")
+def books(shared_data: Path) -> Path:
+    """A folder of long English novels, one .md each."""
+    path = shared_data / "books"
+    if not path.is_dir():
+        pytest.skip("no ../shared/data/books beside the source tree")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - for third parties; our code takes its chance from a seam
+    torch.manual_seed(0)
+
+
+def _threads() -> set[str]:
+    """Non-daemon threads other than the main one, as name and identity."""
+    main = threading.main_thread()
+    return {f"thread {t.name} ({t.ident})" for t in threading.enumerate() if t is not main and not t.daemon}
+
+
+def _files() -> set[str]:
+    """Open file descriptors, each with what it leads to: a number that was closed and used again is a new one."""
+    folder = Path("/proc/self/fd")
+    found = set()
+    for fd in os.listdir(folder) if folder.is_dir() else ():
+        try:
+            target = os.readlink(folder / fd)
+        except FileNotFoundError:  # the one that listed the folder
+            continue
+        if not target.startswith(("/dev/nvidia", "/dev/urandom")):  # CUDA and the C library open these once, for good
+            found.add(f"file {fd} -> {target}")
+    return found
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _started_once() -> None:
+    """Starts what third parties start at first use and keep, so that it counts as there before every test."""
+    zarr.core.sync._get_loop()
+    if torch.cuda.is_available():
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+
+
+def _left(before: set[str], now: Callable[[], set[str]]) -> set[str]:
+    """What is new since before, after a collection and a short wait for whatever is just ending."""
+    if not now() - before:
+        return set()
+    gc.collect()
+    deadline = time.monotonic() + 2.0
+    while (new := now() - before) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return new
+
+
+@pytest.fixture(autouse=True)
+def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test after which more files or threads are open than before; @pytest.mark.leaks("why") lets it be."""
+    if request.node.get_closest_marker("leaks"):
+        yield
+        return
+    files, threads = _files(), _threads()
+    yield
+    left = sorted(_left(threads, _threads) | _left(files, _files))
+    if left:
+        pytest.fail(f"left open by this test: {', '.join(left)}")
