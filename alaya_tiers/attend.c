@@ -22,14 +22,8 @@
 #endif
 
 enum { F32, BF16, F16 };
-#ifndef TILE
-#define TILE 32
-#endif
-#ifndef HINT
-#define HINT 3
-#endif
-#define PREFETCH(p) __builtin_prefetch((p),0,HINT)
-//       /* tokens; keys and values of one tile should fit in half of L1 and L2 */
+enum { TILE = 32 };  /* tokens; keys and values of two tiles should fit in L2 */
+#define PREFETCH(p) __builtin_prefetch((p), 0, 2) /* into L2: a tile ahead is too much for L1, and half as fast there */
 enum { PIECES = 8 };      /* pieces per thread, so that a thread that loses its core does not hold up the others */
 enum { PIECE_BYTES = 1 << 16, THREAD_BYTES = 1 << 17, MAX_THREADS = 256 };
 
@@ -109,6 +103,7 @@ static cursor seek(const job *j, int64_t head, int64_t first, int64_t last)
 #define SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, (i4){i, j, k, l})
 #endif
 typedef float f4 __attribute__((vector_size(16)));
+typedef float f8 __attribute__((vector_size(32)));
 typedef int32_t i4 __attribute__((vector_size(16)));
 
 
@@ -357,10 +352,13 @@ INLINE vf NAME(load)(const char *p, int dtype)
     memcpy(&h, p, sizeof h);
 #if VL == 16
     if (dtype == F16) return (vf)_mm512_cvtph_ps((__m256i)h);
+    vi wide = (vi)_mm512_cvtepu16_epi32((__m256i)h);
 #elif VL == 8
     if (dtype == F16) return (vf)_mm256_cvtph_ps((__m128i)h);
-#endif
+    vi wide = (vi)_mm256_cvtepu16_epi32((__m128i)h);
+#else
     vi wide = __builtin_convertvector(h, vi);
+#endif
     if (dtype == BF16) return (vf)(wide << 16);
     vi magnitude = wide & 0x7fff, special = magnitude >= 0x7c00;
     vf value = (vf)(magnitude << 13) * 0x1p112f;
@@ -393,17 +391,38 @@ INLINE void NAME(storef)(float *p, vf x) { memcpy(p, &x, sizeof x); }
 
 INLINE f4 NAME(fold)(vf x)
 {
-#if VL == 4
-    return x;
+    f4 half[2];
+#if VL == 16
+    f8 eight[2];
+    memcpy(eight, &x, sizeof x);
+    eight[0] += eight[1];
+    memcpy(half, eight, sizeof half);
+#elif VL == 8
+    memcpy(half, &x, sizeof half);
 #else
-    f4 part[VL / 4], sum;
-    memcpy(part, &x, sizeof x);
-    sum = part[0] + part[1];
-    for (int i = 2; i < VL / 4; i++) sum += part[i];
-    return sum;
+    half[0] = x, half[1] = (f4){0};
 #endif
+    return half[0] + half[1];
 }
 #define fold NAME(fold)
+
+INLINE float NAME(total)(vf x)
+{
+    f4 part = fold(x);
+    return (part[0] + part[1]) + (part[2] + part[3]);
+}
+
+INLINE float NAME(largest)(vf x)
+{
+    f4 part[VL / 4];
+    memcpy(part, &x, sizeof x);
+    for (int i = 1; i < VL / 4; i++) {
+        i4 more = part[i] > part[0];
+        part[0] = (f4)((more & (i4)part[i]) | (~more & (i4)part[0]));
+    }
+    float a = part[0][0] > part[0][1] ? part[0][0] : part[0][1], b = part[0][2] > part[0][3] ? part[0][2] : part[0][3];
+    return a > b ? a : b;
+}
 
 INLINE f4 NAME(sums)(vf a, vf b, vf c, vf d)
 {
@@ -520,7 +539,7 @@ static void NAME(tile_pass)(const job *j, const tile *t, const tile *next, const
 static void NAME(weigh)(const job *j, const tile *t, int64_t r, float *s, float *acc, float *state)
 {
     int padded = (t->n + VL - 1) / VL * VL;
-    float top = state[0], sum = 0;
+    float top = state[0];
     if (j->softcap > 0)
         for (int i = 0; i < t->n; i += VL) {
             vf x = loadf(s + i) / j->softcap;
@@ -533,7 +552,8 @@ static void NAME(weigh)(const job *j, const tile *t, int64_t r, float *s, float 
             if (t->position[i] < j->lo[r] || t->position[i] >= j->hi[r]) s[i] = -INFINITY;
     vf most = loadf(s);
     for (int i = VL; i < padded; i += VL) most = pick(loadf(s + i) > most, loadf(s + i), most);
-    for (int i = 0; i < VL; i++) top = most[i] > top ? most[i] : top;
+    float peak = NAME(largest)(most);
+    top = peak > top ? peak : top;
     if (top > state[0]) {
         float shrink = expf(state[0] - top);
         state[0] = top;
@@ -547,8 +567,7 @@ static void NAME(weigh)(const job *j, const tile *t, int64_t r, float *s, float 
         total += x;
         storef(s + i, x);
     }
-    for (int i = 0; i < VL; i++) sum += total[i];
-    state[1] += sum;
+    state[1] += NAME(total)(total);
 }
 
 static void NAME(attend_piece)(const job *j, int64_t head, int64_t first, int64_t last, float *result, float *scratch)

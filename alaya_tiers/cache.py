@@ -1,6 +1,7 @@
 """A session: keys and values in, attention out. Knows nothing of any model library."""
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
@@ -56,6 +57,11 @@ class Visible:
     def causal(cls, past: int, queries: int) -> "Visible":
         """Query i, at position past + i, sees itself and what came before."""
         return cls(np.zeros(queries, np.int32), np.arange(past + 1, past + queries + 1, dtype=np.int32))
+
+    @classmethod
+    def all(cls, length: int, queries: int, extra: Extra | None = None) -> "Visible":
+        """Every query sees every token, but for ``extra``."""
+        return cls(np.zeros(queries, np.int32), np.full(queries, length, np.int32), extra)
 
 
 class Row:
@@ -195,6 +201,9 @@ class Session:
         self.engine, self.most_tokens = engine, most_tokens
         self.layers: dict[int, Layer] = {}
         self.gathered = self.gathered_bytes = 0
+        self.on_failure: Callable[[int], None] = lambda length: None
+        """Called with the length to go back to when attention fails in the middle of a step."""
+        weakref.finalize(self, _let_go, self.layers, engine).atexit = False
 
     # ------------------------------------------------------------------ write
     def update(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -396,6 +405,11 @@ class Session:
         first = row.first[: state.length // state.shape.tokens]
         pairs = np.stack([book.stream[first], book.start[first] // size], 1)
         return [list(map(int, pair)) for i, pair in enumerate(pairs) if i == 0 or (pair != pairs[i - 1]).any()]
+
+
+def _let_go(layers: dict[int, Layer], engine: Engine) -> None:
+    """A session was garbage-collected, perhaps in the middle of the engine's work: leave its blocks to the next call."""
+    engine.bury([state.ids(row.first).ravel() for state in layers.values() for row in state.rows])
 
 
 def _tiles(blocks: BlockList, visible: Visible, group: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:

@@ -1,6 +1,7 @@
 """Wires budgets, tiers, ledger, mover and loop together; what a session and its forks share."""
 
 import asyncio
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator
@@ -70,6 +71,7 @@ class Engine:
         self._mover: Mover | None = None
         self._loop: LoopThread | None = None
         self._streams = 0
+        self._buried: deque[Ids] = deque()
         self._finalizer = weakref.finalize(self, _close, self.store, None, None, None)
 
     # ------------------------------------------------------------------ set-up
@@ -126,6 +128,7 @@ class Engine:
     # ------------------------------------------------------------------ the write path
     def open_blocks(self, layer: int, stream: int, start: int, heads: int) -> int:
         """New open blocks of one run of tokens, one a kv head; the first id. Raises StoreError, BudgetTooSmall."""
+        self._reap()
         mover = self.mover
         with mover.lock:
             slots = mover.try_device(heads)
@@ -154,6 +157,14 @@ class Engine:
         """One sequence less holds the blocks."""
         with self.mover.lock:
             self.mover.give_back(self.mover.ledger.release(ids))
+
+    def bury(self, dead: list[Ids]) -> None:
+        """The same for blocks of a session that is gone; safe at any moment, done by the next call."""
+        self._buried.extend(dead)
+
+    def _reap(self) -> None:
+        while self._buried:
+            self.release(self._buried.popleft())
 
     def flush(self, contexts: dict[str, Any]) -> None:
         """Write all sealed blocks, and what they make up, to the store. Raises StoreError; memory stays as it is."""
@@ -358,6 +369,11 @@ async def _publish(store: Store, ssd: SsdTier, executor: Executor, segment_token
 
 def _close(store: Store, mover: Mover | None, loop: LoopThread | None, executor: Executor | None) -> None:
     """What is left of an engine, taken down from the top."""
+    if threading.current_thread().name.startswith(
+        "alaya-"
+    ):  # garbage-collected on a thread that cannot wait for itself
+        threading.Thread(target=_close, args=(store, mover, loop, executor)).start()
+        return
     if loop is not None and mover is not None and executor is not None and loop.here:
         loop.run(mover.close())
         loop.close()

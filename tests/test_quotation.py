@@ -54,11 +54,11 @@ def reader(two_threads: None) -> Reader:
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         model.model(input_ids=torch.tensor([ids]), past_key_values=cache)
-    return Reader(model, ids, cache, passages(ids, 10, 16, 12, suffix=SLOTS).items)
+    return Reader(model, ids, cache, passages(ids, 8, 16, 10, suffix=SLOTS).items)
 
 
 def test_every_quotation_is_continued_verbatim(reader: Reader) -> None:
-    assert len(reader.passages) == 10
+    assert len(reader.passages) == 8
     for passage in reader.passages:
         assert reader.continuation(passage.prompt, len(passage.answer)) == passage.answer
 
@@ -66,7 +66,7 @@ def test_every_quotation_is_continued_verbatim(reader: Reader) -> None:
 def test_generation_without_a_prefilled_cache_continues_too(reader: Reader) -> None:
     passage = reader.passages[5]
     short = Reader(reader.model, reader.ids[passage.start : passage.start + 200], DynamicCache(), ())
-    assert short.continuation(passage.prompt, 12) == passage.answer
+    assert short.continuation(passage.prompt, 10) == passage.answer
 
 
 def test_words_that_are_not_in_the_text_are_not_continued(reader: Reader) -> None:
@@ -93,14 +93,14 @@ def test_one_lost_value_changes_the_word(reader: Reader) -> None:
 
 
 def test_a_text_that_was_not_read_is_not_continued(reader: Reader) -> None:
-    passage = reader.passages[9]
+    passage = reader.passages[7]
     unread = Reader(reader.model, reader.ids[: passage.start], DynamicCache(), ())
-    assert unread.continuation(passage.prompt, 12) != passage.answer
+    assert unread.continuation(passage.prompt, 10) != passage.answer
 
 
 @pytest.mark.parametrize("chunk_tokens", [3, 1000])
 def test_the_kv_of_a_text_is_computed_in_linear_time(reader: Reader, chunk_tokens: int) -> None:
-    read = TOKENS if chunk_tokens > 3 else 100
+    read = 2500 if chunk_tokens > 3 else 40
     chunks = list(text_key_values(reader.model, reader.ids[:read], chunk_tokens=chunk_tokens))
     assert len(chunks) == -(-read // chunk_tokens)
     for number, layer in enumerate(layers(reader.cache)):

@@ -30,6 +30,9 @@ Digests = npt.NDArray[np.uint64]
 MOST_EXTENTS = 256
 """Extents of one vectored read or write (the kernel's own limit is 1024)."""
 
+SMALL_JOB = 256 << 10
+"""Bytes below which splitting a request among threads costs more than it wins."""
+
 OPEN_FILES = 128
 """Handles kept open."""
 
@@ -253,7 +256,9 @@ class SsdTier:
         self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses
     ) -> list[list[Run]]:
         """Neighbours joined into runs, runs dealt out to at most ``threads`` jobs of about equal bytes."""
-        share = -(-len(numbers) // self._threads)
+        if not len(numbers):
+            return []
+        share = max(-(-len(numbers) // self._threads), SMALL_JOB // self.files[numbers[0]].stride)
         jobs: list[list[Run]] = []
         filled = share
         for i in np.lexsort((offsets, numbers)).tolist():
