@@ -22,8 +22,14 @@
 #endif
 
 enum { F32, BF16, F16 };
-enum { TILE = 32 };  /* tokens; keys and values of two tiles should fit in L2 */
-#define PREFETCH(p) __builtin_prefetch((p), 0, 2) /* into L2: a tile ahead is too much for L1, and half as fast there */
+#ifndef TILE
+#define TILE 32
+#endif
+#ifndef HINT
+#define HINT 2
+#endif
+  /* tokens; keys and values of two tiles should fit in L2 */
+#define PREFETCH(p) __builtin_prefetch((p), 0, HINT) /* into L2: a tile ahead is too much for L1, and half as fast there */
 enum { PIECES = 8 };      /* pieces per thread, so that a thread that loses its core does not hold up the others */
 enum { PIECE_BYTES = 1 << 16, THREAD_BYTES = 1 << 17, MAX_THREADS = 256 };
 

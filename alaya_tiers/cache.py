@@ -28,7 +28,7 @@ from alaya_tiers.ledger import Ids
 from alaya_tiers.stats import Stats, TierUse
 
 FEW_ROWS = 32
-"""Up to this many rows a kv head, the compiled kernel reads blocks where they are; above, they are gathered for GEMMs."""
+"""Up to this many rows a kv head the compiled kernel reads blocks where they are; above, GEMMs read gathered tiles."""
 
 TILE_TOKENS = 4096
 """Tokens gathered at a time for many rows: bounds the scratch memory of prefill."""
@@ -44,9 +44,9 @@ class Extra(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Visible:
-    """What the queries of one sequence see. lo, hi: int32 [queries]; query i sees positions lo[i] <= p < hi[i],
+    """What the queries of one sequence see.
 
-    further narrowed by ``extra`` if given.
+    lo, hi: int32 [queries]; query i sees positions lo[i] <= p < hi[i], further narrowed by ``extra`` if given.
     """
 
     lo: npt.NDArray[np.int32]
@@ -214,7 +214,8 @@ class Session:
         state = self._layer(layer, k, v)
         if self.most_tokens is not None and state.length + k.shape[2] > self.most_tokens:
             raise ContextTooLong(
-                f"{state.length} tokens in the cache and {k.shape[2]} more exceed the model's {self.most_tokens} positions; "
+                f"{state.length} tokens in the cache and {k.shape[2]} more exceed the model's {self.most_tokens} "
+                "positions; "
                 "shorten the prompt, or pass max_tokens=... if the model really extrapolates"
             )
         state.append(k.detach(), v.detach())
@@ -269,7 +270,7 @@ class Session:
         return out
 
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
-        """All of a layer as tensors k [rows, kv_heads, length, k_dim] and v: what a tiered cache tries never to make."""
+        """All of a layer as tensors k [rows, kv_heads, length, k_dim] and v: what tiers try never to make."""
         state = self.layers[layer]
         g = state.shape.geometry
         k = torch.empty(len(state.rows), g.kv_heads, state.length, g.k_dim, dtype=g.dtype)
@@ -344,7 +345,8 @@ class Session:
             raise SessionClosed("this cache is closed; make a new one")
         if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.dtype != v.dtype:
             raise InputError(
-                f"keys {tuple(k.shape)} {k.dtype} and values {tuple(v.shape)} {v.dtype} are not [rows, heads, n, dim] alike"
+                f"keys {tuple(k.shape)} {k.dtype} and values {tuple(v.shape)} {v.dtype} are not alike: "
+                "both must be [rows, heads, n, dim]"
             )
         geometry = Geometry(k.shape[1], k.shape[3], v.shape[3], k.dtype)
         state = self.layers.get(number)
@@ -408,7 +410,7 @@ class Session:
 
 
 def _let_go(layers: dict[int, Layer], engine: Engine) -> None:
-    """A session was garbage-collected, perhaps in the middle of the engine's work: leave its blocks to the next call."""
+    """A session was collected, perhaps in the middle of the engine's work: leave its blocks to the next call."""
     engine.bury([state.ids(row.first).ravel() for state in layers.values() for row in state.rows])
 
 

@@ -87,7 +87,7 @@ class Engine:
         return self._mover is not None
 
     def fit(self, layer: int, geometry: Geometry, device: torch.device) -> BlockShape:
-        """The block shape of a layer that is seen for the first time. Raises BudgetTooSmall, ConfigError, InputError."""
+        """The block shape of a layer seen for the first time. Raises BudgetTooSmall, ConfigError, InputError."""
         if not storable(geometry.dtype):
             raise InputError(f"keys and values of {geometry.dtype} cannot be stored; use float32, bfloat16 or float16")
         s = self.settings
@@ -187,10 +187,11 @@ class Engine:
 
     # ------------------------------------------------------------------ the read path
     def reading(self, ids: Ids, upcoming: Callable[[], Iterator[Ids]]) -> Iterator[tuple[Columns, Addresses]]:
-        """The blocks ``ids`` [kv_heads, columns], readable while the iterator stands on them: what is in memory first, then
+        """The blocks ``ids`` [kv_heads, columns], each readable while the iterator stands on it.
 
-        batches of the rest as they arrive. Yields (columns, addresses [kv_heads, len(columns)]). upcoming: the block ids
-        attention will ask for next, in order, for reading ahead. Raises StoreError; nothing stays pinned.
+        What is in memory comes first, then batches of the rest as they arrive: (columns, addresses [kv_heads,
+        len(columns)]). upcoming: the ids attention will ask for next, in order, for reading ahead. Raises StoreError;
+        nothing stays pinned.
         """
         mover, book = self.mover, self.mover.ledger
         with mover.lock:

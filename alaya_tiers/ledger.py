@@ -8,8 +8,8 @@ A block (see ``alaya_tiers.blocks``) has three independent places and a life:
     -             yes         -         sealed, dirty: the only copy, must be written      demoted
     -             yes         yes       clean: the host copy may be dropped                written, fetched
     -             -           yes       cold: must be fetched before attention             dropped
-    -             FETCHING    yes       a read is on its way; not readable yet             fetching -> fetched | unfetched
-    -             WRITING     -         readable, not droppable                            writing -> written | unwritten
+    -             FETCHING    yes       a read is on its way; not readable yet             fetching, (un)fetched
+    -             WRITING     -         readable, not droppable                            writing, (un)written
 
 A block is readable in its old place until the new place has confirmed. ``refs`` counts the sequences that hold a block,
 ``pins`` the operations that read its memory; neither is ever clamped. A block without refs leaves as soon as it has no
@@ -138,7 +138,7 @@ class Ledger:
 
     def writing(self, ids: Ids, files: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> None:
         """A write of dirty host blocks to their places has started."""
-        assert (self.busy[ids] == IDLE).all() and (self.file[ids] < 0).all()
+        assert ((self.busy[ids] == IDLE) & (self.file[ids] < 0)).all()
         self.busy[ids], self.file[ids], self.offset[ids] = WRITING, files, offsets
 
     def written(self, ids: Ids, digests: npt.NDArray[np.uint64]) -> Freed:
@@ -153,7 +153,7 @@ class Ledger:
 
     def fetching(self, ids: Ids, slots: Slots, *, ahead: bool = False) -> None:
         """A read of cold blocks into host ``slots`` has started, ahead of need or not."""
-        assert (self.busy[ids] == IDLE).all() and (self.host[ids] < 0).all() and (self.file[ids] >= 0).all()
+        assert ((self.busy[ids] == IDLE) & (self.host[ids] < 0) & (self.file[ids] >= 0)).all()
         self.busy[ids], self.host[ids], self.ahead[ids] = FETCHING, slots, ahead
 
     def fetched(self, ids: Ids) -> Freed:
@@ -187,19 +187,20 @@ class Ledger:
     # ------------------------------------------------------------------ facts
     def readable(self, ids: Ids) -> Mask:
         """Which blocks are in memory now."""
-        return (self.device[ids] >= 0) | ((self.host[ids] >= 0) & (self.busy[ids] != FETCHING))
+        return np.asarray((self.device[ids] >= 0) | ((self.host[ids] >= 0) & (self.busy[ids] != FETCHING)))
 
     def coming(self, ids: Ids) -> Mask:
         """Which blocks are being fetched."""
         return np.asarray(self.busy[ids] == FETCHING)
 
-    def droppable(self, ids: Ids) -> Mask:
+    def droppable(self, ids: Ids | slice) -> Mask:
         """Which blocks have a clean host copy that nobody reads."""
-        return (self.host[ids] >= 0) & (self.file[ids] >= 0) & (self.busy[ids] == IDLE) & (self.pins[ids] == 0)
+        clean = (self.host[ids] >= 0) & (self.file[ids] >= 0)
+        return np.asarray(clean & (self.busy[ids] == IDLE) & (self.pins[ids] == 0))
 
     def droppable_ids(self) -> Ids:
         """All clean, idle, unpinned host copies."""
-        return np.flatnonzero(self.droppable(np.s_[: self._made]))  # type: ignore[arg-type]
+        return np.flatnonzero(self.droppable(slice(self._made)))
 
     def demotable_ids(self) -> Ids:
         """All sealed, unpinned device blocks."""

@@ -2,11 +2,11 @@
 
     update     device slots run out -> the window policy names victims -> copied to host slots -> dirty
     behind     dirty blocks above the watermark -> ssd -> clean
-    attention  cold blocks -> the eviction policy frees host slots -> read and verified in place -> pinned until attended
+    attention  cold blocks -> the eviction policy frees host slots -> read and verified in place -> pinned
 
-Memory-to-memory moves happen at once, under the lock. Whatever must wait for storage is a coroutine: it tries under the lock
-and, when that fails, sleeps until something has changed. A read or write owns its slots until it is complete, whoever
-awaited it: cancelling an await never frees memory that a thread still fills.
+Memory-to-memory moves happen at once, under the lock. Whatever must wait for storage is a coroutine: it tries under the
+lock and, when that fails, sleeps until something has changed. A read or write owns its slots until it is complete,
+whoever awaited it: cancelling an await never frees memory that a thread still fills.
 """
 
 import asyncio
@@ -58,8 +58,8 @@ class Traffic:
 class Mover:
     """Moves blocks as the policies decide. Synchronous methods never wait; coroutines run on one event loop.
 
-    shapes: block shape of each layer, appended to as layers appear. published: called on the loop with the number of each
-    segment file that became full.
+    shapes: block shape by layer, filled as layers appear. publish: awaited with the number of each segment file that
+    became full.
     """
 
     def __init__(
@@ -181,20 +181,20 @@ class Mover:
         return await self._until(lambda: self.try_device(n))
 
     async def load(self, ids: Ids, gate: asyncio.Lock) -> None:
-        """Bring blocks into memory and pin them. Loads that share a gate get their room in the order they were started,
+        """Bring blocks into memory and pin them.
 
-        so that one that is asked for later never starves one that is asked for sooner. Raises StoreError; nothing stays
-        pinned then.
+        Loads that share a gate get their room in the order they were started, so that what is asked for later never
+        starves what is asked for sooner. Raises StoreError; nothing stays pinned then.
         """
         rest, pinned = ids, ids[:0]
         try:
             while rest.size:
                 async with gate:
-                    missing = await self._until(lambda rest=rest, new=not pinned.size: self._claim(rest, pin=new))
+                    missing = await self._until(partial(self._claim, rest, pin=not pinned.size))
                     pinned = ids
                 if missing.size:
                     await self._owned(self._fetch(missing))
-                await self._until(lambda rest=rest: None if self.ledger.coming(rest).any() else True)
+                await self._until(partial(self._settled, rest))
                 with self.lock:
                     rest = rest[~self.ledger.readable(rest)]
         except BaseException:
@@ -282,6 +282,10 @@ class Mover:
         if missing.size:
             self.ledger.fetching(missing, slots)
         return missing
+
+    def _settled(self, ids: Ids) -> bool | None:
+        """True when none of the blocks is on its way."""
+        return None if self.ledger.coming(ids).any() else True
 
     async def _fetch(self, ids: Ids) -> None:
         """Read blocks into the slots the ledger names."""

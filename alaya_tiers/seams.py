@@ -125,7 +125,8 @@ class SystemDisk:
 
     async def load(self, path: str) -> bytes:
         async with aiofiles.open(path, "rb") as file:
-            return await file.read()
+            data: bytes = await file.read()
+            return data
 
     async def save(self, path: str, data: bytes) -> None:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)

@@ -35,10 +35,9 @@ class Touched:
 class Stats:
     """A snapshot. Sizes in bytes, times in seconds, counts since the cache was made.
 
-    tokens: length of the context. kv_bytes: of the KV of all sequences, shared blocks counted once. tiers: by name.
-    touched: what attention read. read_bytes, written_bytes: moved from and to ssd. waited_seconds: time attention and update
-    spent waiting for storage. gathered: how often a full K or V had to be materialised because some code looked inside it,
-    and the largest such tensor.
+    tokens: length of the context. kv_bytes: what a dense cache would hold. tiers: by name. touched: what attention
+    read. read_bytes, written_bytes: moved from and to ssd. waited_seconds: time attention and update spent waiting for
+    storage. gathered: how often a full K and V were materialised because some code looked inside them, and the largest.
     """
 
     tokens: int

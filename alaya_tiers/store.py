@@ -11,11 +11,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from alaya_tiers.blocks import PAGE
 from alaya_tiers.config import IoMode
 from alaya_tiers.errors import StoreCorrupt, StoreFormat, StoreLocked, StoreMismatch, StoreUnwritable
 from alaya_tiers.seams import Disk
 from alaya_tiers.tiers.base import Accountant
-from alaya_tiers.blocks import PAGE
 from alaya_tiers.tiers.ssd import SsdTier, translate
 from alaya_tiers.tiers.zarr_format import FORMAT, array_json, attributes_of, group_json
 
@@ -28,8 +30,8 @@ _PREFIX = "alaya-tiers-"
 class Store:
     """A directory of KV, held open by one process.
 
-    path: kept after closing; None makes a directory under ``$ALAYA_TIERS_DIR`` or the system's temporary directory that is
-    removed on closing. model: written into a new store, compared with an old one's.
+    path: kept after closing; None makes a directory under ``$ALAYA_TIERS_DIR`` or the system's temporary directory that
+    is removed on closing. model: written into a new store, compared with an old one's.
 
     Raises StoreUnwritable, StoreLocked, StoreFormat (not a store, or of a newer version), StoreMismatch, StoreCorrupt.
     """
@@ -76,7 +78,7 @@ class Store:
     async def publish(self, ssd: SsdTier, number: int, segment_tokens: int) -> None:
         """Write the metadata of a segment file, so that any Zarr reader finds what is in it."""
         file = ssd.files[number]
-        last = int((file.offsets >= 0).any(0).nonzero()[0].max())
+        last = int(np.flatnonzero((file.offsets >= 0).any(0)).max())
         attributes = {"alaya_tiers": {"layer": file.layer, "stream": file.stream, "segment": file.segment}}
         metadata = array_json(file.shape, (last + 1) * file.shape.tokens, segment_tokens, attributes)
         array = Path(file.path).parents[3]

@@ -43,7 +43,7 @@ class EvictionPolicy(Protocol):
 class PrefetchView:
     """The blocks attention will ask for next, in the order it will ask.
 
-    upcoming: block ids that are not in memory and not on their way, soonest first. room: blocks that may be read ahead now.
+    upcoming: ids of blocks not in memory and not on their way, soonest first. room: how many may be read ahead now.
     """
 
     upcoming: Ids
@@ -62,8 +62,8 @@ class PrefetchPolicy(Protocol):
 class WriteView:
     """The host tier as write-behind sees it. All counts are blocks.
 
-    dirty: waiting to be written, oldest first. writing: being written. capacity: of the tier. wanted: somebody waits for
-    room, or asked for everything to be written.
+    dirty: waiting to be written, oldest first. writing: being written. capacity: of the tier. wanted: somebody waits
+    for room, or asked for everything to be written.
     """
 
     dirty: Ids

@@ -11,9 +11,9 @@ from alaya_tiers.policies.base import EvictionView, Ids, take
 class Scan:
     """What will be needed last leaves first: Belady's optimum, because the order of a cyclic scan is known.
 
-    Under such a scan LRU always evicts what is needed next and never hits; this keeps a fixed part of the context resident
-    and streams the rest through the slots of what was just used. A block's distance is the number of layers until its
-    turn, a whole round when its turn in the present pass is over.
+    Under such a scan LRU always evicts what is needed next and never hits; this keeps a fixed part of the context
+    resident and streams the rest through the slots of what was just used. A block's distance is the number of layers
+    until its turn, a whole round when its turn in the present pass is over.
     """
 
     def victims(self, view: EvictionView, n: int) -> Ids:

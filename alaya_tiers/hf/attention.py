@@ -49,7 +49,7 @@ def alaya_attention_forward(
     return _plain_tensors(query, key, value, mask, scaling, kwargs), None
 
 
-@torch.compiler.disable  # only the tiered path breaks a compiled graph; plain tensors stay traceable
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # only the tiered path breaks a compiled graph; plain tensors stay traceable
 def _over_tiers(
     module: nn.Module,
     query: Tensor,

@@ -20,7 +20,7 @@ from alaya_tiers.stats import Stats
 from alaya_tiers.store import Model
 
 
-class AlayaLayer(CacheLayerMixin):
+class AlayaLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """One full-attention layer in the tiers. ``update`` returns handles, not tensors."""
 
     is_compileable, is_sliding, is_croppable, supports_early_init = False, False, True, True
@@ -120,7 +120,7 @@ class AlayaLayer(CacheLayerMixin):
 
     # ------------------------------------------------------------------ code that reads or assigns whole tensors
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """All keys, gathered; None before the first update."""
         return self.gather("k") if self.is_initialized else None
 
@@ -130,7 +130,7 @@ class AlayaLayer(CacheLayerMixin):
             self._assign(value, self.values if self.is_initialized else value)
 
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """All values, gathered; None before the first update."""
         return self.gather("v") if self.is_initialized else None
 
@@ -152,7 +152,8 @@ class AlayaLayer(CacheLayerMixin):
             self.session.select(self.number, rows)
 
     def _assign(self, k: Tensor | None, v: Tensor | None) -> None:
-        assert k is not None and v is not None
+        assert k is not None
+        assert v is not None
         n = min(k.shape[2], v.shape[2])
         self.reset()
         self.update(k[:, :, :n], v[:, :, :n])
@@ -166,18 +167,18 @@ class AlayaCache(DynamicCache):
 
     config: the model's config; with it the layers that are not plain full attention (sliding, linear, ...) keep
     transformers' own cache layers. settings: a Settings object; or its fields as keyword arguments, for example
-    ``device_budget="256MiB", host_budget="2GiB"``. path: a directory for the ssd tier; None makes a temporary one that is
-    removed with the cache. max_tokens: refuse longer contexts; by default the model's positions, None = any length.
+    ``device_budget="256MiB", host_budget="2GiB"``. path: a directory for the ssd tier; None makes a temporary one that
+    is removed with the cache. max_tokens: refuse longer contexts; by default the model's positions, None = any length.
 
-    ``copy.deepcopy`` is a fork that shares all blocks. ``close()``, or leaving a ``with`` block, frees memory and files at
-    once; otherwise that happens when the last fork is garbage-collected.
+    ``copy.deepcopy`` is a fork that shares all blocks. ``close()``, or leaving a ``with`` block, frees memory and files
+    at once; otherwise that happens when the last fork is garbage-collected.
 
     Raises ConfigError, StoreError.
     """
 
     def __init__(
         self,
-        ddp_cache_data: Iterable[tuple[Tensor | None, ...]] | None = None,
+        ddp_cache_data: Iterable[tuple[Tensor, ...]] | None = None,
         config: PretrainedConfig | None = None,
         *,
         settings: Settings | None = None,
@@ -196,8 +197,8 @@ class AlayaCache(DynamicCache):
         else:
             stock = DynamicCache(config=config).layers  # transformers decides which layer is what
             Cache.__init__(self, layers=[self._tiered(i, layer) for i, layer in enumerate(stock)])
-        for number, pair in enumerate(ddp_cache_data or ()):
-            self.update(pair[0], pair[1], number)  # type: ignore[arg-type]
+        for number, (keys, values, *_) in enumerate(ddp_cache_data or ()):
+            self.update(keys, values, number)
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, **settings: Any) -> Self:
@@ -227,11 +228,11 @@ class AlayaCache(DynamicCache):
         self.close()
 
     # ------------------------------------------------------------------ what transformers calls
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append one layer's new keys and values. See Session.update for the errors; the whole step is undone on one."""
+        """Append one layer's new keys and values. On an error of Session.update the whole step is undone."""
         if self._torn:
             raise SessionClosed("a step failed halfway and some layers cannot go back: reset() the cache, start over")
         if self.session.engine.closed:
@@ -239,14 +240,13 @@ class AlayaCache(DynamicCache):
         try:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except AlayaError:
-            layer = self.layers[layer_idx]
-            self._undo(layer.get_seq_length())
+            self._undo(self.session.length(layer_idx))
             raise
         return keys, values
 
     def reset(self) -> None:
         """Forget all tokens."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self._torn = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -276,7 +276,8 @@ class AlayaCache(DynamicCache):
 
     def _undo(self, length: int) -> None:
         """A step failed: go back to ``length`` tokens in every layer."""
-        for layer in self.layers:
+        layers: list[Any] = self.layers
+        for layer in layers:
             excess = layer.get_seq_length() - length if hasattr(layer, "get_seq_length") else 0
             try:
                 if excess > 0:

@@ -1,12 +1,12 @@
 """Tensors without storage: what ``update`` returns, and what stands for a mask.
 
-A model that hands them on to attention untouched never sees that they are empty. Anything else that looks inside gets the
-real tensor: gathered from the tiers, slow, counted, and warned about once. So a wrong setting can be slow, never wrong.
+A model that hands them on to attention untouched never sees that they are empty. Anything else that looks inside gets
+the real tensor: gathered from the tiers, slow, counted, and warned about once. A wrong setting is slow, never wrong.
 """
 
 import warnings
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -61,8 +61,8 @@ class KVHandle(Tensor):
     @staticmethod
     def __new__(
         cls, layer: TieredLayer, role: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
-    ) -> "KVHandle":
-        handle: KVHandle = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)  # type: ignore[attr-defined]
+    ) -> Self:
+        handle: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         handle.layer, handle.role, handle.version = layer, role, layer.version
         return handle
 
@@ -76,7 +76,7 @@ class KVHandle(Tensor):
         self.check()
         return self.layer.gather(self.role)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"KVHandle({self.role}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
@@ -90,7 +90,9 @@ class KVHandle(Tensor):
         return _plain(func, args, kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         name = str(func)
         if name not in _warned:
             _warned.add(name)

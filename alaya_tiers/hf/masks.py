@@ -1,7 +1,6 @@
-"""Masks that stay functions: nothing of the context's length squared, or even its length, is built for tiered layers."""
+"""Masks that stay functions: nothing of the context's length is built for tiered layers."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -13,8 +12,6 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 from alaya_tiers.cache import Visible
 from alaya_tiers.hf.handles import _plain
 
-MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
 
 class MaskSpec(Tensor):
     """What the mask interface hands to attention instead of a [rows, 1, queries, length] bool tensor: no storage.
@@ -25,9 +22,9 @@ class MaskSpec(Tensor):
     arguments: dict[str, Any]
 
     @staticmethod
-    def __new__(cls, arguments: dict[str, Any]) -> "MaskSpec":
+    def __new__(cls, arguments: dict[str, Any]) -> Self:
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
-        spec: MaskSpec = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool)  # type: ignore[attr-defined]
+        spec: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool)
         spec.arguments, spec._dense, spec._visible = arguments, {}, {}
         return spec
 
@@ -55,7 +52,7 @@ class MaskSpec(Tensor):
             seen = padding[row].nonzero().flatten()
             lo, hi = (int(seen[0]), int(seen[-1]) + 1) if seen.numel() else (0, 0)
             extra = padding[row] if seen.numel() != hi - lo else None
-        function: MaskFunction = a["mask_function"]
+        function: Any = a["mask_function"]
         low, high = np.full(queries, lo, np.int32), np.full(queries, hi, np.int32)
         if function is causal_mask_function:
             high = np.minimum(high, np.arange(first + 1, first + queries + 1, dtype=np.int32))
@@ -67,13 +64,13 @@ class MaskSpec(Tensor):
         index = torch.tensor([row])[:, None, None, None]
 
         def evaluate(positions: Tensor) -> Tensor:
-            seen = function(index, torch.zeros_like(index), query_at, positions[None, None, None])[0]
+            seen: Tensor = function(index, torch.zeros_like(index), query_at, positions[None, None, None])[0]
             seen = seen.expand(1, queries, positions.numel())
             return seen if extra is None else seen & _at(extra, positions)
 
         return Visible(low, high, evaluate)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"MaskSpec(shape={tuple(self.shape)})"
 
     @classmethod
@@ -81,7 +78,9 @@ class MaskSpec(Tensor):
         return _plain(func, args, kwargs or {})
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         args, kwargs = pytree.tree_map_only(MaskSpec, lambda m: m.dense(skip_causal=False), (args, kwargs or {}))
         return func(*args, **kwargs)
 

@@ -64,8 +64,8 @@ class Accountant:
             used, limit = self.used[tier] + nbytes, self.limits[tier]
             if limit is not None and used > limit:
                 raise OutOfSpace(
-                    f"the {tier} tier's budget of {format_bytes(limit)} is used up: {format_bytes(self.used[tier])} are "
-                    f"taken and {format_bytes(nbytes)} more are needed. Raise {tier}_budget or drop some contexts."
+                    f"the {tier} tier's budget of {format_bytes(limit)} is used up: {format_bytes(self.used[tier])} "
+                    f"are taken and {format_bytes(nbytes)} more are needed. Raise {tier}_budget or drop some contexts."
                 )
             self.used[tier] = used
             self.peak[tier] = max(self.peak[tier], used)

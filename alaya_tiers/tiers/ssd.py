@@ -1,7 +1,7 @@
 """The ssd tier: byte ranges of Zarr shards, read and written straight from and to slots.
 
-zarr-python is used for metadata only: its own read path costs 30-40 times more CPU per 64 KiB chunk than a preadv. Work is
-handed out as jobs, each a batch of coalesced extents for one thread, because a hop to a thread costs as much as a read.
+zarr-python is used for metadata only: its own read path costs 30-40 times more CPU per 64 KiB chunk than a preadv. Work
+is handed out as jobs, each a batch of coalesced extents for one thread: a hop to a thread costs as much as a read.
 """
 
 import contextlib
@@ -147,7 +147,7 @@ class Handles:
 class SsdTier:
     """Extents of one session's files under ``directory``.
 
-    ``place`` and ``forget`` are pure bookkeeping; jobs are run by an executor; the caller serialises calls to the former.
+    ``place`` and ``forget`` are pure bookkeeping, calls to which the caller serialises; jobs are run by an executor.
     """
 
     def __init__(
