@@ -263,7 +263,8 @@ class Session:
         out = q.new_empty(rows, heads, n, g.v_dim)
         for r, row in enumerate(state.rows):
             grouped = q[r].reshape(g.kv_heads, heads // g.kv_heads * n, -1)
-            part = merge(list(self._partials(state, row, grouped, visible[r], scale, softcap)))
+            parts = list(self._partials(state, row, grouped, visible[r], scale, softcap))
+            part = merge(parts) if parts else _nothing(grouped, g.v_dim)
             if sinks is not None:
                 part = with_sinks(part, sinks.view(g.kv_heads, -1, 1).expand(-1, -1, n).reshape(g.kv_heads, -1))
             out[r] = part.out.view(heads, n, g.v_dim)
@@ -365,13 +366,11 @@ class Session:
         self, state: Layer, row: Row, q: Tensor, visible: Visible, scale: float, softcap: float | None
     ) -> Iterator[Partial]:
         """Attention over one batch of readable blocks after the other. q: [kv_heads, rows, k_dim]."""
-        g = state.shape.geometry
-        yield Partial(torch.zeros(*q.shape[:2], g.v_dim), torch.full(q.shape[:2], -torch.inf))
         if not visible.lo.size:
             return
         group = q.shape[1] // visible.lo.size
         few = q.shape[1] <= FEW_ROWS and visible.extra is None
-        lo, hi = np.tile(visible.lo, group), np.tile(visible.hi, group)
+        lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
         for blocks in self._blocks(state, row, int(lo.min()), int(hi.max())):
             if few:
                 yield attend_blocks(q, blocks, scale, lo, hi, softcap)
@@ -407,6 +406,11 @@ class Session:
         first = row.first[: state.length // state.shape.tokens]
         pairs = np.stack([book.stream[first], book.start[first] // size], 1)
         return [list(map(int, pair)) for i, pair in enumerate(pairs) if i == 0 or (pair != pairs[i - 1]).any()]
+
+
+def _nothing(q: Tensor, v_dim: int) -> Partial:
+    """Attention over no tokens. q: [kv_heads, rows, k_dim]."""
+    return Partial(torch.zeros(*q.shape[:2], v_dim), torch.full(q.shape[:2], -torch.inf))
 
 
 def _let_go(layers: dict[int, Layer], engine: Engine) -> None:

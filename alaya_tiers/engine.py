@@ -196,11 +196,18 @@ class Engine:
         mover, book = self.mover, self.mover.ledger
         with mover.lock:
             here = book.readable(ids).all(0)
-            resident = ids[:, here]
+            resident = ids if here.all() else ids[:, here]
             flat = resident.ravel()
             book.pin(flat)
             addresses = mover.addresses(resident)
             self._count(flat)
+        if resident is ids:
+            try:
+                yield np.arange(ids.shape[1]), addresses
+            finally:
+                self.unpin(flat, used=True)
+            self._read_ahead(upcoming)
+            return
         cold = np.flatnonzero(~here)
         loads = Loads(self, ids, cold)
         try:
@@ -222,8 +229,6 @@ class Engine:
                     self.unpin(batch.ravel(), used=True)
         finally:
             loads.abandon()
-        if not cold.size:
-            self._read_ahead(upcoming)
 
     def _read_ahead(self, upcoming: Callable[[], Iterator[Ids]]) -> None:
         """Hand the reader the next cold blocks, as many as it may read ahead."""
@@ -243,13 +248,14 @@ class Engine:
             self._bridge.call(partial(mover.kick_reader, cold))
 
     def _count(self, ids: Ids) -> None:
-        """Note where attention found blocks that are in memory."""
-        mover, book = self.mover, self.mover.ledger
-        sizes = mover.sizes(ids)
-        device, ahead = book.device[ids] >= 0, book.ahead[ids]
-        self.touched.device += int(sizes[device].sum())
-        self.touched.ahead += int(sizes[ahead].sum())
-        self.touched.host += int(sizes[~device & ~ahead].sum())
+        """Note where attention found blocks of one layer that are in memory."""
+        book = self.mover.ledger
+        nbytes = self.mover.shapes[int(book.layer[ids[0]])].nbytes if ids.size else 0
+        device = np.count_nonzero(book.device[ids] >= 0)
+        ahead = np.count_nonzero(book.ahead[ids])
+        self.touched.device += device * nbytes
+        self.touched.ahead += ahead * nbytes
+        self.touched.host += (ids.size - device - ahead) * nbytes
 
     def unpin(self, ids: Ids, *, used: bool = False) -> None:
         """The blocks' memory is no longer read; with ``used`` attention used them."""

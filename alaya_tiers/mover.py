@@ -144,12 +144,12 @@ class Mover:
 
     def addresses(self, ids: Ids) -> Addresses:
         """Where readable blocks lie in memory, int64 of the shape of ``ids``. The caller has pinned them."""
-        device, host = self.ledger.device[ids], self.ledger.host[ids]
-        result = np.empty(ids.shape, np.int64)
+        device = self.ledger.device[ids]
         on_device = device >= 0
-        result[on_device] = self.device.addresses(device[on_device])
-        result[~on_device] = self.host.addresses(host[~on_device])
-        return result
+        if on_device.all():
+            return self.device.addresses(device)
+        host = self.host.addresses(self.ledger.host[ids])
+        return np.where(on_device, self.device.addresses(device), host)
 
     def give_back(self, freed: Freed) -> None:
         """Return what dead blocks left behind to the tiers."""

@@ -49,7 +49,7 @@ class Arena:
         self._accountant, self._make_slab = accountant, make_slab
         self._per_slab = max(1, SLAB_BYTES // slot_bytes)
         self._slabs: list[Slab] = []
-        self._bases = np.empty(0, np.int64)
+        self._addresses = np.zeros(self.capacity, np.int64)
         self._made = 0
         self._free: list[int] = []
         self._taken = np.zeros(self.capacity, bool)
@@ -79,12 +79,11 @@ class Arena:
         self._free.extend(slots.tolist())
 
     def addresses(self, slots: Slots) -> Addresses:
-        slab, index = np.divmod(slots, self._per_slab)
-        return np.asarray(self._bases[slab] + index.astype(np.int64) * self.slot_bytes)
+        return self._addresses[slots]
 
     def close(self) -> None:
         self._accountant.release(self.name, self._made * self.slot_bytes)
-        self._slabs, self._bases, self._free = [], np.empty(0, np.int64), []
+        self._slabs, self._free = [], []
         self.capacity = self._made = 0
 
     def _grow(self) -> None:
@@ -96,6 +95,6 @@ class Arena:
             self._accountant.release(self.name, n * self.slot_bytes)
             raise
         self._slabs.append(slab)
-        self._bases = np.append(self._bases, np.int64(slab.address))
+        self._addresses[self._made : self._made + n] = slab.address + np.arange(n) * self.slot_bytes
         self._free[:0] = range(self._made + n - 1, self._made - 1, -1)
         self._made += n
