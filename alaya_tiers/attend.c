@@ -22,14 +22,10 @@
 #endif
 
 enum { F32, BF16, F16 };
-#ifndef TILE
-#define TILE 32
-#endif
-#ifndef HINT
-#define HINT 2
-#endif
-  /* tokens; keys and values of two tiles should fit in L2 */
-#define PREFETCH(p) __builtin_prefetch((p), 0, HINT) /* into L2: a tile ahead is too much for L1, and half as fast there */
+enum { TILE = 64, TILE_BYTES = 1 << 15 }; /* a tile: at most so many tokens, at most so many bytes if 16 tokens fit */
+enum { NEAR = 4 }; /* tokens */
+#define FETCH_FAR(p) __builtin_prefetch((p), 0, 2)  /* a tile ahead, into L2: into L1 it is half as fast */
+#define FETCH_NEAR(p) __builtin_prefetch((p), 0, 3) /* NEAR tokens ahead, from L2 into L1: 1.1x, see decisions/001 */
 enum { PIECES = 8 };      /* pieces per thread, so that a thread that loses its core does not hold up the others */
 enum { PIECE_BYTES = 1 << 16, THREAD_BYTES = 1 << 17, MAX_THREADS = 256 };
 
@@ -41,7 +37,7 @@ typedef struct job {
     const int64_t *addresses;
     const int32_t *lo, *hi;
     int64_t heads, rows, blocks, address_stride, k_dim, v_dim, k_pad, v_pad, row_bytes, itemsize;
-    int32_t dtype;
+    int32_t dtype, tile; /* tile: tokens */
     float scale, softcap;
     float *out, *lse;
     span *spans;
@@ -53,7 +49,7 @@ typedef struct job {
 } job;
 
 typedef struct {
-    const char *row[TILE];
+    const char *row[TILE + NEAR];
     int32_t position[TILE], n, low, high;
 } tile;
 
@@ -65,11 +61,11 @@ static void next_tile(const job *j, cursor *c, tile *t)
     int n = 0;
     t->low = INT32_MAX;
     t->high = INT32_MIN;
-    while (n < TILE && c->left > 0) {
+    while (n < j->tile && c->left > 0) {
         const span *s = &j->spans[c->span];
         const char *base = (const char *)c->addresses[s->block] + (s->first + c->offset) * j->row_bytes;
         int64_t take = s->count - c->offset;
-        if (take > TILE - n) take = TILE - n;
+        if (take > j->tile - n) take = j->tile - n;
         if (take > c->left) take = c->left;
         int32_t position = s->position + (int32_t)c->offset;
         if (position < t->low) t->low = position;
@@ -84,7 +80,7 @@ static void next_tile(const job *j, cursor *c, tile *t)
     }
     t->n = n;
     for (; n % 4; n++) t->row[n] = t->row[n - 1], t->position[n] = INT32_MIN;
-    for (; n < TILE; n++) t->row[n] = n ? t->row[n - 1] : NULL; /* for prefetching only, which never faults */
+    for (; n < j->tile + NEAR; n++) t->row[n] = n ? t->row[n - 1] : NULL; /* only fetched ahead, which never faults */
 }
 
 static cursor seek(const job *j, int64_t head, int64_t first, int64_t last)
@@ -237,6 +233,8 @@ static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 /* Cut the visible tokens of every head into pieces. */
 static int64_t plan(job *j, int64_t threads)
 {
+    int64_t fit = TILE_BYTES / j->row_bytes / 16 * 16;
+    j->tile = (int32_t)(fit < 16 ? 16 : fit > TILE ? TILE : fit);
     int64_t bytes = j->tokens * j->row_bytes, wanted = up(threads * PIECES, j->heads) / j->heads;
     if (j->heads * bytes < THREAD_BYTES) threads = 1;
     if (wanted > bytes / PIECE_BYTES) wanted = bytes / PIECE_BYTES;
@@ -451,7 +449,7 @@ INLINE vf NAME(vexp)(vf x)
 }
 #define vexp NAME(vexp)
 
-/* s[row][token] = q[row] . k[token] for R rows (kp floats apart) and 4 tokens. */
+/* s[row][token] = q[row] . k[token] for R rows (kp floats apart) and 4 tokens, which more tokens follow in row. */
 INLINE void NAME(dots)(const float *q, int64_t kp, const char *const *row, int64_t k_dim, int dtype, int R, float *s)
 {
     const int size = dtype == F32 ? 4 : 2;
@@ -462,6 +460,8 @@ INLINE void NAME(dots)(const float *q, int64_t kp, const char *const *row, int64
     for (; d + VL <= k_dim; d += VL) {
         vf k[4];
         UNROLL for (int t = 0; t < 4; t++) k[t] = load(row[t] + d * size, dtype);
+        if (d * size % 64 == 0)
+            UNROLL for (int t = 0; t < NEAR; t++) FETCH_NEAR(row[t + NEAR] + d * size);
         UNROLL for (int r = 0; r < R; r++) {
             vf x = loadf(q + r * kp + d);
             UNROLL for (int t = 0; t < 4; t++) sum[r][t] += x * k[t];
@@ -490,7 +490,7 @@ INLINE void NAME(sweep)(const tile *t, const tile *next, int64_t skip, const flo
     for (int i = 0; i < t->n; i++) {
         vf v[4];
         if (next)
-            UNROLL for (int c = 0; c < C * VL * size; c += 64) PREFETCH(next->row[i] + skip + c);
+            UNROLL for (int c = 0; c < C * VL * size; c += 64) FETCH_FAR(next->row[i] + skip + c), FETCH_NEAR(t->row[i + NEAR] + skip + c);
         UNROLL for (int c = 0; c < C; c++)
             v[c] = tail ? load_tail(t->row[i] + skip, tail, dtype) : load(t->row[i] + skip + c * VL * size, dtype);
         UNROLL for (int r = 0; r < R; r++)
@@ -510,7 +510,7 @@ INLINE void NAME(rows)(const job *j, const tile *t, const tile *next, const floa
         for (int i = 0; i < t->n; i += 4) {
             if (next)
                 for (int64_t c = 0; c < j->k_dim * size; c += 64)
-                    UNROLL for (int n = 0; n < 4; n++) PREFETCH(next->row[i + n] + c);
+                    UNROLL for (int n = 0; n < 4; n++) FETCH_FAR(next->row[i + n] + c);
             NAME(dots)(q, j->k_pad, t->row + i, j->k_dim, dtype, R, s + i);
         }
         return;

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import numpy as np
@@ -146,12 +147,13 @@ def merge(parts: Sequence[Partial]) -> Partial:
     """
     if not parts:
         raise ValueError("nothing to merge")
-    if len(parts) == 1:
-        return parts[0]
-    masses = torch.stack([part.lse for part in parts])
-    lse = torch.logsumexp(masses, 0)
-    weights = torch.exp(masses - _finite(lse))
-    return Partial(torch.stack([part.out for part in parts]).mul_(weights[..., None]).sum(0), lse)
+    return reduce(_merge_two, parts)
+
+
+def _merge_two(a: Partial, b: Partial) -> Partial:
+    lse = torch.logaddexp(a.lse, b.lse)
+    weight = torch.exp(a.lse - _finite(lse))
+    return Partial(torch.lerp(b.out, a.out, weight[..., None]), lse)
 
 
 def with_sinks(part: Partial, sinks: Tensor) -> Partial:

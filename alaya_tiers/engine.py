@@ -251,8 +251,8 @@ class Engine:
         """Note where attention found blocks of one layer that are in memory."""
         book = self.mover.ledger
         nbytes = self.mover.shapes[int(book.layer[ids[0]])].nbytes if ids.size else 0
-        device = np.count_nonzero(book.device[ids] >= 0)
-        ahead = np.count_nonzero(book.ahead[ids])
+        device = int(np.count_nonzero(book.device[ids] >= 0))
+        ahead = int(np.count_nonzero(book.ahead[ids]))
         self.touched.device += device * nbytes
         self.touched.ahead += ahead * nbytes
         self.touched.host += (ids.size - device - ahead) * nbytes

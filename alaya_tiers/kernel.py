@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ class KernelMissing(ImportError):
 @cache
 def _library() -> tuple[ctypes.CDLL, int | None]:
     """The kernel, and the address of GOMP_parallel in the OpenMP runtime torch uses (None where it uses another)."""
-    found = sorted(Path(__file__).parent.glob("_attend*.so"))
+    here = Path(__file__).parent
+    found = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"_attend{suffix}").exists()]
     if not found:
         raise KernelMissing("alaya_tiers._attend is missing: install with pip, which needs a C compiler (gcc or clang)")
     library = ctypes.CDLL(str(found[0]))

@@ -144,11 +144,11 @@ class Mover:
 
     def addresses(self, ids: Ids) -> Addresses:
         """Where readable blocks lie in memory, int64 of the shape of ``ids``. The caller has pinned them."""
-        device = self.ledger.device[ids]
+        device = np.ascontiguousarray(self.ledger.device[ids])
         on_device = device >= 0
         if on_device.all():
             return self.device.addresses(device)
-        host = self.host.addresses(self.ledger.host[ids])
+        host = self.host.addresses(np.ascontiguousarray(self.ledger.host[ids]))
         return np.where(on_device, self.device.addresses(device), host)
 
     def give_back(self, freed: Freed) -> None:
@@ -208,7 +208,7 @@ class Mover:
         self._flushing = True
         try:
             self.kick_writer()
-            await self._until(lambda: None if self.ledger.dirty_ids().size or self.ledger.writing_count() else True)
+            await self._until(lambda: None if self._writer is not None or self.ledger.dirty_ids().size else True)
         finally:
             self._flushing = False
 
@@ -251,8 +251,9 @@ class Mover:
                     self.traffic.stalls += 1
                 self._raise_if_stuck()
                 self._waiters += 1
+                if self.wants_writer():
+                    self.kick_writer()
             try:
-                self.kick_writer()
                 await changed.wait()
             finally:
                 with self.lock:
@@ -261,7 +262,7 @@ class Mover:
     def _raise_if_stuck(self) -> None:
         """Nothing in flight can make room: say why instead of waiting forever."""
         book = self.ledger
-        if book.pinned_count() or book.fetching_count() or book.writing_count():
+        if self._writer is not None or book.pinned_count() or book.fetching_count():
             return
         if self._write_error is not None:
             error, self._write_error = self._write_error, None

@@ -46,7 +46,7 @@ class Store:
         self._pid = os.getpid()
         try:
             os.makedirs(self.path, mode=0o700, exist_ok=True)
-            self._lock = os.open(os.path.join(self.path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:
             kind = StoreUnwritable if error.errno in (errno.EEXIST, errno.ENOTDIR) else None
             if kind is not None:
@@ -171,7 +171,7 @@ def _kept(session: Path) -> bool:
 
 
 def _ours(path: Path) -> bool:
-    return path.name == "lock" or path.name.startswith("session-")
+    return path.name.startswith("session-")
 
 
 def _difference(stored: Model, given: Model) -> str:
@@ -195,7 +195,7 @@ def _temporary_directory() -> str:
 def _remove_if_dead(directory: Path) -> None:
     """Remove a temporary store whose process is gone: the lock of a living one is held."""
     try:
-        lock = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC)
+        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError:
         return
     try:
