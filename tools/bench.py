@@ -6,42 +6,29 @@ counts are ratios: absolute times move by a third from one minute to the next on
 """
 
 import gc
-import importlib
-import json
 import os
-import shutil
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers.cache_utils import Cache
 
 from alaya_tiers.cache import Session, Visible
-from alaya_tiers.config import format_bytes
-from alaya_tiers.errors import AlayaError, ConfigError
-from alaya_tiers.hf import AlayaCache
-from alaya_tiers.stats import Stats
+from alaya_tiers.errors import ConfigError
 from alaya_tiers.tools import machine
 from alaya_tiers.tools.baselines import (
     COMPETITORS,
     IN_PLACE,
-    OVER_HOST,
     RAM,
     REFERENCE,
-    SLACK,
     VOCABULARY,
     Case,
     Competitor,
@@ -50,7 +37,7 @@ from alaya_tiers.tools.baselines import (
     build_model,
     model_bytes,
 )
-from alaya_tiers.tools.machine import Bandwidth, DiskFile
+from alaya_tiers.tools.machine import Bandwidth
 
 SPEED_FLOOR, SPEED_FROM = 5.0, 32 << 10
 """Our exact decode against the reference, for contexts from this many tokens on; below, the linear layers decide."""
