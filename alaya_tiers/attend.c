@@ -108,10 +108,9 @@ typedef float f4 __attribute__((vector_size(16)));
 typedef float f8 __attribute__((vector_size(32)));
 typedef int32_t i4 __attribute__((vector_size(16)));
 
-
 #ifdef X86
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -158,15 +157,17 @@ static void work(void *data)
 
 static void *work_thread(void *data) { work(data); return NULL; }
 
+static pid_t pool_owner; /* an OpenMP pool does not survive fork: a child must not touch its parent's */
+__attribute__((constructor)) static void remember_owner(void) { pool_owner = getpid(); }
+
 static void run(parallel_fn *parallel, int64_t threads, void (*one)(void *, int64_t, int64_t), void *j, int64_t items)
 {
-    static atomic_int pool_owner; /* an OpenMP pool does not survive fork: a child must not touch its parent's */
     batch b = {.one = one, .job = j, .items = items};
-    int self = (int)getpid(), owner = 0;
     if (threads > items) threads = items;
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
     if (threads <= 1) {
         work(&b);
-    } else if (parallel && (atomic_compare_exchange_strong(&pool_owner, &owner, self) || owner == self)) {
+    } else if (parallel && pool_owner == getpid()) {
         parallel(work, &b, (unsigned)threads, 0);
     } else {
         pthread_t ids[MAX_THREADS];

@@ -4,7 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -135,19 +135,32 @@ class Layer:
         self.crop(0)
 
     def _append(self, row: Row, k: Tensor, v: Tensor) -> None:
-        size, row_bytes = self.shape.tokens, self.shape.geometry.row_bytes
+        size = self.shape.tokens
         mover, done, n = self.engine.mover, 0, k.shape[1]
         while done < n:
             offset = (self.length + done) % size
             ids = self._open(row, self.length + done, offset)
             take = min(size - offset, n - done)
-            with mover.lock:
-                addresses = mover.addresses(ids)
-            write_rows(k[:, done : done + take], v[:, done : done + take], addresses + offset * row_bytes)
+            self._write(ids, offset, k[:, done : done + take], v[:, done : done + take])
             done += take
             if offset + take == size:
                 with mover.lock:
                     mover.ledger.seal(ids)
+
+    def _write(self, ids: Ids, offset: int, k: Tensor, v: Tensor) -> None:
+        """Put rows into open blocks, from row ``offset`` on. k, v: [kv_heads, n, dim]."""
+        g = self.shape.geometry
+        if self.engine.mover.device.on_cpu:
+            write_rows(k, v, self.engine.addresses(ids) + offset * g.row_bytes)
+            return
+        for head, block in enumerate(ids.tolist()):
+            rows = self.rows_of(block)[offset : offset + k.shape[1]]
+            rows[:, : g.k_dim], rows[:, g.k_dim :] = k[head], v[head]
+
+    def rows_of(self, block: int) -> Tensor:
+        """A pinned or open block as a tensor [block_tokens, k_dim + v_dim]."""
+        g = self.shape.geometry
+        return self.engine.tensor(block)[: self.shape.nbytes].view(g.dtype).view(-1, g.width)
 
     def _open(self, row: Row, position: int, offset: int) -> Ids:
         """The open blocks that hold ``position``, belonging to this row alone."""
@@ -276,14 +289,11 @@ class Session:
         g = state.shape.geometry
         k = torch.empty(len(state.rows), g.kv_heads, state.length, g.k_dim, dtype=g.dtype)
         v = torch.empty(len(state.rows), g.kv_heads, state.length, g.v_dim, dtype=g.dtype)
+        everything = Visible.all(state.length, 1)
         for r, row in enumerate(state.rows):
-            for blocks in self._blocks(state, row, 0, state.length):
-                for i, (start, count) in enumerate(zip(blocks.starts.tolist(), blocks.counts.tolist(), strict=True)):
-                    one = BlockList(
-                        blocks.addresses[:, i : i + 1].copy(), blocks.starts[i : i + 1], blocks.counts[i : i + 1],
-                        g.k_dim, g.v_dim, g.dtype,
-                    )  # fmt: skip
-                    k[r, :, start : start + count], v[r, :, start : start + count] = gather(one, start, start + count)
+            for piece in self._pieces(state, row, 0, state.length):
+                for part in _tiles(piece, everything) if isinstance(piece, BlockList) else [piece]:
+                    k[r, :, part.positions], v[r, :, part.positions] = part.k.to(k.device), part.v.to(v.device)
         self.gathered += 1
         self.gathered_bytes = max(self.gathered_bytes, k.nbytes + v.nbytes)
         return k, v
@@ -371,14 +381,16 @@ class Session:
         group = q.shape[1] // visible.lo.size
         few = q.shape[1] <= FEW_ROWS and visible.extra is None
         lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
-        for blocks in self._blocks(state, row, int(lo.min()), int(hi.max())):
-            if few:
-                yield attend_blocks(q, blocks, scale, lo, hi, softcap)
-            else:
-                for k, v, mask in _tiles(blocks, visible, group):
-                    yield attend_dense(q, k, v, scale, mask, softcap)
+        for piece in self._pieces(state, row, int(lo.min()), int(hi.max())):
+            if few and isinstance(piece, BlockList):
+                yield attend_blocks(q, piece, scale, lo, hi, softcap)
+                continue
+            for k, v, positions, cut in _tiles(piece, visible) if isinstance(piece, BlockList) else [piece]:
+                mask = _mask(positions, visible, group, k.shape[0], cut=cut)
+                mask = mask if mask is None else mask.to(q.device)
+                yield attend_dense(q, k.to(q.device), v.to(q.device), scale, mask, softcap)
 
-    def _blocks(self, state: Layer, row: Row, lo: int, hi: int) -> Iterator[BlockList]:
+    def _pieces(self, state: Layer, row: Row, lo: int, hi: int) -> Iterator["BlockList | Gathered"]:
         """The blocks of positions ``lo`` to ``hi``, batch by batch, each readable until the next is asked for."""
         g, size = state.shape.geometry, state.shape.tokens
         hi = min(hi, state.length)
@@ -388,8 +400,15 @@ class Session:
         starts = (runs * size).astype(np.int32)
         counts = np.minimum(size, state.length - starts).astype(np.int32)
         ids = state.ids(row.first[runs[0] : runs[-1] + 1])
-        for columns, addresses in self.engine.reading(ids, partial(self._upcoming, state.number)):
-            yield BlockList(addresses, starts[columns], counts[columns], g.k_dim, g.v_dim, g.dtype)
+        for columns, batch in self.engine.reading(ids, partial(self._upcoming, state.number)):
+            here = self.engine.on_cpu(batch).all(0)
+            if not here.all():
+                there = np.flatnonzero(~here)
+                yield _gathered(state, batch[:, there], starts[columns[there]], counts[columns[there]])
+                columns, batch = columns[here], batch[:, here]
+            if columns.size:
+                addresses = self.engine.addresses(batch)
+                yield BlockList(addresses, starts[columns], counts[columns], g.k_dim, g.v_dim, g.dtype)
 
     def _upcoming(self, layer: int) -> Iterator[Ids]:
         """Block ids in the order exact attention will read them after ``layer``."""
@@ -418,8 +437,36 @@ def _let_go(layers: dict[int, Layer], engine: Engine) -> None:
     engine.bury([state.ids(row.first).ravel() for state in layers.values() for row in state.rows])
 
 
-def _tiles(blocks: BlockList, visible: Visible, group: int) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Blocks as k, v [kv_heads, n, dim] and mask (None: all visible) for many rows, at most TILE_TOKENS at a time."""
+class Gathered(NamedTuple):
+    """KV copied together. k, v: [kv_heads, n, dim]; positions: int64 [n]; cut: some query does not see all of it."""
+
+    k: Tensor
+    v: Tensor
+    positions: Tensor
+    cut: bool
+
+
+def _gathered(state: Layer, ids: Ids, starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> Gathered:
+    """Blocks of which some are in GPU memory, copied together there. ids: [kv_heads, columns]."""
+    device = state.engine.mover.device.tensor(0).device
+    rows = torch.stack(
+        [
+            torch.cat([state.rows_of(block)[:n].to(device) for block, n in zip(of_head, counts.tolist(), strict=True)])
+            for of_head in ids.tolist()
+        ]
+    )
+    k_dim = state.shape.geometry.k_dim
+    return Gathered(rows[..., :k_dim], rows[..., k_dim:], _positions(starts, counts), True)
+
+
+def _positions(starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> Tensor:
+    """int64: the positions of all tokens of these runs, in their order."""
+    runs = [np.arange(start, start + n) for start, n in zip(starts.tolist(), counts.tolist(), strict=True)]
+    return torch.from_numpy(np.concatenate(runs))
+
+
+def _tiles(blocks: BlockList, visible: Visible) -> Iterator[Gathered]:
+    """Blocks copied together for many rows, at most TILE_TOKENS at a time, what no query sees left out."""
     ends = blocks.starts + blocks.counts
     seen = (ends > visible.lo.min()) & (blocks.starts < visible.hi.max())
     whole = (blocks.starts >= visible.lo.max()) & (ends <= visible.hi.min())
@@ -436,8 +483,7 @@ def _tiles(blocks: BlockList, visible: Visible, group: int) -> Iterator[tuple[Te
                 counts=counts,
             )
             k, v = gather(packed, 0, int(ends_here[-1]))
-            positions = np.concatenate([np.arange(s, s + c) for s, c in zip(blocks.starts[some], counts, strict=True)])
-            yield k, v, _mask(torch.from_numpy(positions), visible, group, k.shape[0], cut=cut)
+            yield Gathered(k, v, _positions(blocks.starts[some], counts), cut)
 
 
 def _mask(positions: Tensor, visible: Visible, group: int, heads: int, *, cut: bool) -> Tensor | None:

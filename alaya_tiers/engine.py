@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from alaya_tiers.attention import copy_blocks
 from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import BudgetTooSmall, InputError
@@ -148,8 +148,7 @@ class Engine:
         self._wait(mover.load(source, asyncio.Lock()))
         try:
             with mover.lock:
-                src, dst = mover.addresses(source), mover.addresses(target)
-            copy_blocks(src, dst, nbytes)
+                mover.copy_down(source, target, nbytes)
         finally:
             self.unpin(source, used=False)
 
@@ -186,11 +185,11 @@ class Engine:
         self._bridge.run(self.store.save_manifest(contexts))
 
     # ------------------------------------------------------------------ the read path
-    def reading(self, ids: Ids, upcoming: Callable[[], Iterator[Ids]]) -> Iterator[tuple[Columns, Addresses]]:
+    def reading(self, ids: Ids, upcoming: Callable[[], Iterator[Ids]]) -> Iterator[tuple[Columns, Ids]]:
         """The blocks ``ids`` [kv_heads, columns], each readable while the iterator stands on it.
 
-        What is in memory comes first, then batches of the rest as they arrive: (columns, addresses [kv_heads,
-        len(columns)]). upcoming: the ids attention will ask for next, in order, for reading ahead. Raises StoreError;
+        What is in memory comes first, then batches of the rest as they arrive: (columns, ids [kv_heads, len(columns)]).
+        upcoming: the ids attention will ask for next, in order, for reading ahead. Raises StoreError;
         nothing stays pinned.
         """
         mover, book = self.mover, self.mover.ledger
@@ -199,11 +198,10 @@ class Engine:
             resident = ids if here.all() else ids[:, here]
             flat = resident.ravel()
             book.pin(flat)
-            addresses = mover.addresses(resident)
             self._count(flat)
         if resident is ids:
             try:
-                yield np.arange(ids.shape[1]), addresses
+                yield np.arange(ids.shape[1]), ids
             finally:
                 self.unpin(flat, used=True)
             self._read_ahead(upcoming)
@@ -214,7 +212,7 @@ class Engine:
             try:
                 loads.start()
                 if flat.size:
-                    yield np.flatnonzero(here), addresses
+                    yield np.flatnonzero(here), resident
             finally:
                 self.unpin(flat, used=True)
             while (columns := loads.next()) is not None:
@@ -222,13 +220,28 @@ class Engine:
                     self._read_ahead(upcoming)
                 batch = ids[:, columns]
                 try:
-                    with mover.lock:
-                        addresses = mover.addresses(batch)
-                    yield columns, addresses
+                    yield columns, batch
                 finally:
                     self.unpin(batch.ravel(), used=True)
         finally:
             loads.abandon()
+
+    def addresses(self, ids: Ids) -> Addresses:
+        """Where pinned blocks that are ``on_cpu`` lie, int64 of the shape of ``ids``."""
+        with self.mover.lock:
+            return self.mover.addresses(ids)
+
+    def on_cpu(self, ids: Ids) -> npt.NDArray[np.bool_]:
+        """Which of the pinned blocks the CPU can read, bool of the shape of ``ids``."""
+        if self.mover.device.on_cpu:
+            return np.ones(ids.shape, bool)
+        return np.asarray(self.mover.ledger.device[ids] < 0)
+
+    def tensor(self, block: int) -> Tensor:
+        """The memory of a pinned block, uint8 [slot_bytes], on the device it lies on."""
+        mover = self.mover
+        slot = int(mover.ledger.device[block])
+        return mover.device.tensor(slot) if slot >= 0 else mover.host.tensor(int(mover.ledger.host[block]))
 
     def _read_ahead(self, upcoming: Callable[[], Iterator[Ids]]) -> None:
         """Hand the reader the next cold blocks, as many as it may read ahead."""

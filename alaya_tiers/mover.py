@@ -18,14 +18,14 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from alaya_tiers.attention import copy_blocks
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import AlayaError, BudgetTooSmall
 from alaya_tiers.ledger import Freed, Ids, Ledger, Slots
 from alaya_tiers.policies import EvictionPolicy, EvictionView, PrefetchPolicy, PrefetchView, WritePolicy, WriteView
 from alaya_tiers.seams import Executor
-from alaya_tiers.tiers.base import Addresses, MemoryTier
+from alaya_tiers.tiers.arena import Arena, copy_slots
+from alaya_tiers.tiers.base import Addresses
 from alaya_tiers.tiers.ssd import SsdTier
 
 T = TypeVar("T")
@@ -66,8 +66,8 @@ class Mover:
         self,
         settings: Settings,
         policies: Policies,
-        device: MemoryTier,
-        host: MemoryTier,
+        device: Arena,
+        host: Arena,
         ssd: SsdTier,
         executor: Executor,
         publish: Callable[[int], Coroutine[Any, Any, None]],
@@ -94,7 +94,7 @@ class Mover:
         if slots is None:
             return False
         sizes = self.sizes(ids)
-        copy_blocks(self.device.addresses(self.ledger.device[ids]), self.host.addresses(slots), sizes)
+        copy_slots(self.device, self.ledger.device[ids], self.host, slots, sizes)
         self.device.give(self.ledger.demoted(ids, slots))
         self.traffic.demoted_bytes += int(sizes.sum())
         return True
@@ -150,6 +150,14 @@ class Mover:
             return self.device.addresses(device)
         host = self.host.addresses(np.ascontiguousarray(self.ledger.host[ids]))
         return np.where(on_device, self.device.addresses(device), host)
+
+    def copy_down(self, source: Ids, target: Ids, nbytes: int) -> None:
+        """Copy the first ``nbytes`` of readable, pinned blocks to open ones."""
+        book = self.ledger
+        sizes = np.full(source.size, nbytes, np.int64)
+        here = book.device[source] >= 0
+        for tier, slots, mine in ((self.device, book.device, here), (self.host, book.host, ~here)):
+            copy_slots(tier, slots[source[mine]], self.device, book.device[target[mine]], sizes[mine])
 
     def give_back(self, freed: Freed) -> None:
         """Return what dead blocks left behind to the tiers."""

@@ -2,8 +2,9 @@
 
 import asyncio
 import random
+import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -352,3 +353,39 @@ class Player:
                         )
             if columns.size and not again:
                 await self.sim.pause()
+
+
+@types.coroutine
+def interrupted(work: Coroutine[Any, Any, Any], k: int) -> Generator[Any, Any, bool]:
+    """Await ``work`` in the present task, cancelling that task at the ``k``-th suspension; whether there was a ``k``-th."""
+    task = asyncio.current_task()
+    assert task is not None
+    suspensions, thrown = 0, None
+    while True:
+        try:
+            future = work.send(None) if thrown is None else work.throw(thrown)
+        except StopIteration:
+            return suspensions >= k
+        suspensions += 1
+        if suspensions == k:
+            task.cancel()
+        thrown = None
+        try:
+            yield future
+        except BaseException as error:
+            thrown = error
+
+
+async def cancelled_at(k: int, work: Coroutine[Any, Any, Any]) -> bool:
+    """Run ``work`` in a task of its own, cancelled at its ``k``-th suspension; whether it got that far."""
+
+    async def body() -> bool:
+        return bool(await interrupted(work, k))
+
+    task = asyncio.get_running_loop().create_task(body())
+    result = (await asyncio.gather(task, return_exceptions=True))[0]
+    if isinstance(result, asyncio.CancelledError):
+        return True
+    if isinstance(result, BaseException):
+        raise result
+    return result

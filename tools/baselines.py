@@ -1,8 +1,11 @@
-"""What is compared: one model, one synthetic context, and the caches that hold it. A competitor is one line."""
+"""What is compared: one model, one synthetic context, the caches that hold it, and one run of each."""
 
-from collections.abc import Callable, Iterator
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +14,13 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from alaya_tiers.cache import Session, Visible
+from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
+from alaya_tiers.stats import Stats
+from alaya_tiers.tools import machine
+from alaya_tiers.tools.machine import Bandwidth, DiskFile
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOCABULARY = 512
@@ -84,18 +92,13 @@ def build_model(shape: Shape, positions: int) -> LlamaForCausalLM:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(shape.config(positions)).to(DTYPES[shape.dtype])
+        model: Any = LlamaForCausalLM(shape.config(positions))
+        model.to(DTYPES[shape.dtype])
     model.train(False).requires_grad_(False)
-    wanted = 3.0 / (0.02 * shape.hidden**0.5)  # scores against unit normal keys: a standard deviation of 3
-    for name, parameter in model.named_parameters():
-        if "q_proj" in name:
-            parameter.mul_(wanted)
-    return model
-
-
-def model_bytes(model: LlamaForCausalLM) -> int:
-    """Bytes of the weights."""
-    return sum(p.nbytes for p in model.parameters())
+    for layer in model.model.layers:  # scores against unit normal keys get a standard deviation of 3
+        layer.self_attn.q_proj.weight.mul_(3.0 / (0.02 * shape.hidden**0.5))
+    random: LlamaForCausalLM = model
+    return random
 
 
 class Context:
@@ -105,32 +108,23 @@ class Context:
         self.shape = shape
         self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(1)).to(DTYPES[shape.dtype])
 
-    def chunk(self, layer: int, start: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """K and V, [1, kv_heads, tokens, head_dim], of at most FILL_TOKENS tokens from a multiple of FILL_TOKENS."""
-        k, v = torch.empty(2, 1, self.shape.kv_heads, tokens, self.shape.head_dim, dtype=self._pool.dtype)
-        for row, out in enumerate((k, v)):
-            for head in range(self.shape.kv_heads):
-                name = ((layer * 2 + row) * self.shape.kv_heads + head) * 1_000_003 + start
-                size = tokens * self.shape.head_dim
-                at = name * 7919 % (_POOL - FILL_TOKENS * self.shape.head_dim)
-                out[0, head] = self._pool[at : at + size].view(tokens, -1)
-        return k, v
+    def kv(self, layer: int, start: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """K and V, [1, kv_heads, tokens, head_dim], from position ``start``, a multiple of FILL_TOKENS."""
+        heads, width = self.shape.kv_heads, self.shape.head_dim
+        out = torch.empty(2, 1, heads, tokens, width, dtype=self._pool.dtype)
+        for first in range(0, tokens, FILL_TOKENS):
+            n = min(FILL_TOKENS, tokens - first)
+            for i, row in enumerate(out.view(2 * heads, tokens, width)):
+                at = ((layer * 2 * heads + i) * 1_000_003 + start + first) * 7919 % (_POOL - FILL_TOKENS * width)
+                row[first : first + n] = self._pool[at : at + n * width].view(n, width)
+        return out[0], out[1]
 
     def fill(self, cache: Cache, tokens: int, *, whole: bool = False) -> None:
         """Put the first ``tokens`` tokens into every layer; ``whole``: in one update (a cache that concatenates)."""
+        step = tokens if whole else FILL_TOKENS
         for layer in range(self.shape.layers):
-            chunks = [(s, min(FILL_TOKENS, tokens - s)) for s in range(0, tokens, FILL_TOKENS)]
-            if not whole:
-                for start, n in chunks:
-                    cache.update(*self.chunk(layer, start, n), layer)
-                continue
-            size = (2, 1, self.shape.kv_heads, tokens, self.shape.head_dim)
-            all_of_it = torch.empty(size, dtype=self._pool.dtype)
-            for start, n in chunks:
-                all_of_it[0, :, :, start : start + n], all_of_it[1, :, :, start : start + n] = self.chunk(
-                    layer, start, n
-                )
-            cache.update(all_of_it[0], all_of_it[1], layer)
+            for start in range(0, tokens, step):
+                cache.update(*self.kv(layer, start, min(step, tokens - start)), layer)
 
 
 class InPlaceLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -167,6 +161,11 @@ class InPlaceLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return self.capacity
 
 
+def in_place(layers: int, capacity: int) -> Cache:
+    """A dense cache that never copies what it holds."""
+    return Cache(layers=[InPlaceLayer(capacity) for _ in range(layers)])
+
+
 @dataclass(frozen=True, slots=True)
 class Case:
     """What a cache is made for: ``tokens`` is the context, ``room`` the context and all steps."""
@@ -182,6 +181,10 @@ class Case:
         """KV bytes of the context."""
         return self.tokens * self.shape.token_bytes
 
+    def dense_bytes(self, more: int) -> int:
+        """KV bytes after the last step, and of ``more`` layers that are filled in or copied meanwhile."""
+        return self.room * (self.shape.token_bytes + more * self.shape.layer_token_bytes)
+
     @property
     def run_bytes(self) -> int:
         """Bytes of one block in every kv head of every layer, page by page."""
@@ -192,6 +195,11 @@ class Case:
     def host_bytes(self) -> int:
         """The host budget that the KV is four times of (more where two runs of blocks would not fit)."""
         return max(self.kv_bytes // OVER_HOST, 2 * self.run_bytes // self.shape.layers)
+
+    @property
+    def device_bytes(self) -> int:
+        """The device budget beside it: in every layer the block that is written to, and one before."""
+        return 2 * self.run_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,38 +229,177 @@ class Competitor:
                 cache.close()
 
 
-def _dynamic(case: Case) -> Cache:
-    return DynamicCache(config=case.config)
-
-
-def _in_place(case: Case) -> Cache:
-    return Cache(layers=[InPlaceLayer(case.room) for _ in range(case.shape.layers)])
-
-
 def _in_ram(case: Case) -> Cache:
     device = -(-case.room // BLOCK_TOKENS) * case.run_bytes
-    return AlayaCache(case.config, device_budget=device, host_budget=device, block_tokens=BLOCK_TOKENS)
+    return AlayaCache(config=case.config, device_budget=device, host_budget=device, block_tokens=BLOCK_TOKENS)
 
 
 def _on_ssd(case: Case) -> Cache:
     return AlayaCache(
-        case.config,
-        device_budget=2 * case.run_bytes,
+        config=case.config,
+        device_budget=case.device_bytes,
         host_budget=case.host_bytes,
         block_tokens=BLOCK_TOKENS,
         path=str(case.directory / f"store-{case.tokens}"),
     )
 
 
-def _layer_bytes(case: Case) -> int:
-    return case.room * case.shape.layer_token_bytes
-
-
 REFERENCE, IN_PLACE, RAM, SSD = "DynamicCache + sdpa", "in place + sdpa", "alaya, RAM", "alaya, SSD"
 
 COMPETITORS = (
-    Competitor(REFERENCE, "sdpa", _dynamic, lambda c: c.kv_bytes + 2 * _layer_bytes(c), whole=True),
-    Competitor(IN_PLACE, "sdpa", _in_place, lambda c: c.kv_bytes + _layer_bytes(c)),
-    Competitor(RAM, "alaya", _in_ram, lambda c: c.kv_bytes + c.run_bytes),
-    Competitor(SSD, "alaya", _on_ssd, lambda c: c.host_bytes + 2 * c.run_bytes, ssd=True),
+    Competitor(REFERENCE, "sdpa", lambda c: DynamicCache(config=c.config), lambda c: c.dense_bytes(3), whole=True),
+    Competitor(IN_PLACE, "sdpa", lambda c: in_place(c.shape.layers, c.room), lambda c: c.dense_bytes(1)),
+    Competitor(RAM, "alaya", _in_ram, lambda c: c.dense_bytes(0) + c.run_bytes),
+    Competitor(SSD, "alaya", _on_ssd, lambda c: c.host_bytes + c.device_bytes, ssd=True),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """At most ``steps`` steps; fewer when they take longer than ``seconds``, but never below ``least``."""
+
+    steps: int = 50
+    least: int = 5
+    seconds: float = 5.0
+
+    def enough(self, times: list[float]) -> bool:
+        """Whether to stop after these steps, the first of which was the warm-up."""
+        counted = times[1:]
+        return len(counted) >= self.steps or (len(counted) >= self.least and sum(counted) > self.seconds)
+
+
+@dataclass(slots=True)
+class Measured:
+    """One competitor at one length. All times in seconds.
+
+    warm_up: the first step, which is not counted. steps: all others. fill: to put the context in. attention: a whole
+    step's worth of attention without the model, several times. peak_rss: of the process, filling included. differs:
+    largest difference of the logits from the reference's, over the largest logit. ssd: what was read. skipped: why not.
+    """
+
+    name: str
+    warm_up: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    fill: float = 0.0
+    attention: list[float] = field(default_factory=list)
+    peak_rss: int = 0
+    differs: float | None = None
+    ssd: dict[str, Any] | None = None
+    skipped: str | None = None
+    logits: Tensor = field(default_factory=lambda: torch.empty(0, VOCABULARY), repr=False)
+
+    @property
+    def best(self) -> float:
+        """The fastest step: what ratios are made of, because limits are the fastest reads."""
+        return min(self.steps)
+
+    @property
+    def median(self) -> float:
+        """Of the counted steps."""
+        return statistics.median(self.steps)
+
+    @property
+    def p90(self) -> float:
+        """Nine steps of ten were at least as fast."""
+        return sorted(self.steps)[-(-9 * len(self.steps) // 10) - 1]
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values, every step's time among them."""
+        if self.skipped is not None:
+            return {"name": self.name, "skipped": self.skipped}
+        names = ("name", "warm_up", "steps", "fill", "attention", "peak_rss", "differs", "ssd")
+        times = {"best": self.best, "median": self.median, "p90": self.p90}
+        return {name: getattr(self, name) for name in names} | times
+
+
+def measure(
+    competitor: Competitor, case: Case, model: LlamaForCausalLM, context: Context, pace: Pace, disk: DiskFile | None
+) -> Measured:
+    """Fill a competitor's cache, decode over it, and let go of it. Raises StoreError, OSError."""
+    result = Measured(competitor.name, skipped=_too_much(competitor, case))
+    if result.skipped is not None:
+        return result
+    limit = machine.disk_bandwidth(disk, disk.nbytes) if disk is not None and competitor.ssd else None
+    machine.reset_peak_rss()
+    began = time.perf_counter()
+    with competitor.opened(case, model, context) as cache:
+        result.fill = time.perf_counter() - began
+        facts = [cache.stats] if isinstance(cache, AlayaCache) else []
+        times, result.logits, seen = decode(model, cache, pace, facts)
+        result.warm_up, result.steps = times[0], times[1:]
+        if isinstance(cache, AlayaCache) and not competitor.ssd:
+            result.attention = attention_only(cache.session, case.shape, pace)
+    result.peak_rss = machine.peak_rss()
+    if disk is not None and limit is not None:
+        limit = limit.merged(machine.disk_bandwidth(disk, disk.nbytes))
+        result.ssd = _ssd(case, seen[0], seen[1], result.steps, limit)
+    return result
+
+
+def decode(
+    model: LlamaForCausalLM, cache: Cache, pace: Pace, facts: Sequence[Callable[[], Stats]] = ()
+) -> tuple[list[float], Tensor, list[Stats]]:
+    """Seconds of each step, the warm-up first; the logits of all, float32 [steps, vocabulary]; what ``facts`` said.
+
+    facts: asked after the warm-up and after the last step.
+    """
+    times: list[float] = []
+    logits: list[Tensor] = []
+    seen: list[Stats] = []
+    while not pace.enough(times):
+        token = torch.tensor([[(7 * len(times) + 3) % VOCABULARY]])
+        began = time.perf_counter()
+        out = model(input_ids=token, past_key_values=cache, use_cache=True)
+        times.append(time.perf_counter() - began)
+        logits.append(out.logits[0, -1].float())
+        if len(times) == 1:
+            seen += [fact() for fact in facts]
+    return times, torch.stack(logits), seen + [fact() for fact in facts]
+
+
+def attention_only(session: Session, shape: Shape, pace: Pace) -> list[float]:
+    """Seconds of one attention in every layer, several times: what is left of a step without the model."""
+    generator = torch.Generator().manual_seed(2)
+    q = 3 * torch.randn(shape.layers, 1, shape.heads, 1, shape.head_dim, generator=generator)
+    q = q.to(DTYPES[shape.dtype])
+    visible, scale = [Visible.all(session.length(), 1)], shape.head_dim**-0.5
+    times: list[float] = []
+    while not pace.enough(times):
+        began = time.perf_counter()
+        for layer in range(shape.layers):
+            session.attention(layer, q[layer], visible, scale)
+        times.append(time.perf_counter() - began)
+    return times[1:]
+
+
+def _too_much(competitor: Competitor, case: Case) -> str | None:
+    """Why a competitor cannot run here; None when it can."""
+    needed, left = competitor.ram(case) + SLACK, machine.available_ram()
+    if needed > left:
+        return f"needs {format_bytes(needed)} of RAM, {format_bytes(left)} are free"
+    needed, left = case.dense_bytes(0) + SLACK, shutil.disk_usage(case.directory).free
+    if competitor.ssd and needed > left:
+        return f"needs {format_bytes(needed)} in {case.directory}, {format_bytes(left)} are free"
+    return None
+
+
+def _ssd(case: Case, before: Stats, after: Stats, steps: list[float], disk: Bandwidth) -> dict[str, Any]:
+    """What the counted steps read, a token; against the disk, and against reading only what no budget holds."""
+    touched = {n: getattr(after.touched, n) - getattr(before.touched, n) for n in ("device", "host", "ahead", "waited")}
+    from_disk, read = touched["ahead"] + touched["waited"], after.read_bytes - before.read_bytes
+    n, seconds = len(steps), sum(steps)
+    return {
+        "host_budget": case.host_bytes,
+        "device_budget": case.device_bytes,
+        "direct_io": after.direct_io,
+        "read_bytes": read / n,
+        "read_ahead_bytes": (after.read_ahead_bytes - before.read_ahead_bytes) / n,
+        "touched_bytes": {name: nbytes / n for name, nbytes in touched.items()},
+        "waited_seconds": (after.waited_seconds - before.waited_seconds) / n,
+        "hit_rate": 1 - touched["waited"] / max(1, sum(touched.values())),
+        "io_hidden": touched["ahead"] / from_disk if from_disk else 1.0,
+        "bytes_per_second": read / seconds,
+        "disk": disk.as_dict(),
+        "disk_share": read / seconds / disk.best,
+        "least_read_bytes": max(0, case.kv_bytes - case.host_bytes - case.device_bytes),
+    }

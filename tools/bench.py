@@ -1,49 +1,57 @@
 """Benchmarks: ``alaya-tiers bench decode``.
 
 Every competitor decodes the same tokens over the same synthetic context with the same model, one after the other in one
-process; the machine's own limits (reading memory, reading the disk) are measured in between, in the same run. What
-counts are ratios: absolute times move by a third from one minute to the next on a shared machine.
+process; the machine's own limits (reading memory, reading the disk) are measured in between, in the same run. Ratios
+are what counts, and they are of the fastest steps: on a shared machine times double from one minute to the next.
 """
 
 import gc
+import importlib
+import importlib.util
+import json
 import os
 import statistics
+import sys
 import tempfile
-import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM
-from transformers.cache_utils import Cache
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from transformers import DynamicCache
 
-from alaya_tiers.cache import Session, Visible
-from alaya_tiers.errors import ConfigError
+from alaya_tiers.config import format_bytes
+from alaya_tiers.errors import AlayaError, ConfigError
 from alaya_tiers.tools import machine
 from alaya_tiers.tools.baselines import (
     COMPETITORS,
     IN_PLACE,
     RAM,
     REFERENCE,
-    VOCABULARY,
+    SSD,
     Case,
     Competitor,
     Context,
+    Measured,
+    Pace,
     Shape,
     build_model,
-    model_bytes,
+    decode,
+    measure,
 )
-from alaya_tiers.tools.machine import Bandwidth
+from alaya_tiers.tools.machine import Bandwidth, CpuUse
 
 SPEED_FLOOR, SPEED_FROM = 5.0, 32 << 10
 """Our exact decode against the reference, for contexts from this many tokens on; below, the linear layers decide."""
 
 LIMIT_FLOOR = 0.3
-"""Our exact attention: share of the time it takes to read the KV once."""
+"""Our exact attention: share of the speed of reading the KV once."""
 
 Say = Callable[[str], None]
 
@@ -52,72 +60,30 @@ Say = Callable[[str], None]
 class Bench:
     """What to measure. Raises ConfigError.
 
-    steps: at most so many for each competitor; fewer when they take longer than ``seconds``, but never below ``least``.
     directory: where the store and the file to measure the disk with go; both are removed. memory_bytes, disk_bytes: how
     much is read to find the machine's limits.
     """
 
-    shape: Shape = Shape()
+    shape: Shape = field(default_factory=Shape)
     contexts: tuple[int, ...] = (8 << 10, 32 << 10, 128 << 10)
-    steps: int = 50
-    least: int = 5
-    seconds: float = 5.0
+    pace: Pace = field(default_factory=Pace)
     directory: str | None = None
     memory_bytes: int = 1 << 30
     disk_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
-        if not self.contexts or min(self.contexts) < 1 or self.steps < 1 or self.least < 1:
-            raise ConfigError("contexts, steps and least must be positive")
+        if not self.contexts or min(*self.contexts, self.pace.steps, self.pace.least) < 1:
+            raise ConfigError("context lengths and steps must be positive")
 
     @property
     def room(self) -> int:
         """Positions the longest run needs: the context, the warm-up and the steps."""
-        return max(self.contexts) + self.steps + 1
+        return max(self.contexts) + self.pace.steps + 1
 
     @property
     def rounds(self) -> int:
         """How often ``run`` says something."""
-        return 1 + len(self.contexts) * (1 + len(COMPETITORS))
-
-
-@dataclass(slots=True)
-class Measured:
-    """One competitor at one length. All times in seconds.
-
-    warm_up: the first step, which is not counted. steps: all others. attention: a whole step's worth of attention
-    without the model, several times. peak_rss: of the process, filling in included. agreement: largest difference of
-    the logits from the reference's, over the largest logit. ssd: what was read. skipped: why it was not run.
-    """
-
-    name: str
-    warm_up: float = 0.0
-    steps: list[float] = field(default_factory=list)
-    fill: float = 0.0
-    attention: list[float] = field(default_factory=list)
-    peak_rss: int = 0
-    agreement: float | None = None
-    ssd: dict[str, Any] | None = None
-    skipped: str | None = None
-    logits: Tensor = field(default_factory=lambda: torch.empty(0, VOCABULARY), repr=False)
-
-    @property
-    def median(self) -> float:
-        """Of the counted steps."""
-        return statistics.median(self.steps)
-
-    @property
-    def p90(self) -> float:
-        """Nine steps of ten were at least as fast."""
-        return sorted(self.steps)[-(-9 * len(self.steps) // 10) - 1]
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values, every step's time among them."""
-        if self.skipped is not None:
-            return {"name": self.name, "skipped": self.skipped}
-        raw = {name: getattr(self, name) for name in ("name", "warm_up", "steps", "fill", "attention", "peak_rss")}
-        times = {"median": self.median, "min": min(self.steps), "p90": self.p90}
-        return raw | times | {"logits_differ": self.agreement, "ssd": self.ssd}
+        return 1 + len(self.contexts) * len(COMPETITORS)
 
 
 @dataclass(slots=True)
@@ -133,9 +99,9 @@ class Row:
         return next((m for m in self.measured if m.name == name and m.skipped is None), None)
 
     def speed_up(self, name: str, over: str) -> float | None:
-        """How many times as fast one competitor is as another."""
+        """How many times as fast the best step of one competitor is as another's."""
         one, other = self.of(name), self.of(over)
-        return other.median / one.median if one and other else None
+        return other.best / one.best if one and other else None
 
 
 @dataclass(slots=True)
@@ -147,6 +113,8 @@ class Report:
     memory: Bandwidth
     model_bytes: int
     model_seconds: list[float]
+    cpu_of_others: float = 0.0
+    """Share of all cores that others took during the run: the more, the less the numbers say."""
     rows: list[Row] = field(default_factory=list)
 
     def limit(self, row: Row) -> float:
@@ -156,57 +124,54 @@ class Report:
     def attention_share(self, row: Row) -> float | None:
         """Our attention in RAM: share of the limit."""
         ours = row.of(RAM)
-        return self.limit(row) / statistics.median(ours.attention) if ours and ours.attention else None
+        return self.limit(row) / min(ours.attention) if ours and ours.attention else None
 
     def floors(self, row: Row) -> dict[str, Any]:
         """What the design asks for: value, floor, and whether it is reached (None: not asked for here, or not run)."""
         speed, share = row.speed_up(RAM, REFERENCE), self.attention_share(row)
-        asked = speed is not None and row.tokens >= SPEED_FROM
+        fast = None if speed is None or row.tokens < SPEED_FROM else speed >= SPEED_FLOOR
         return {
-            "speed_up": {"value": speed, "floor": SPEED_FLOOR, "passed": speed >= SPEED_FLOOR if asked else None},
-            "attention_share": {"value": share, "floor": LIMIT_FLOOR, "passed": share and share >= LIMIT_FLOOR},
-        }
+            "speed_up": {"value": speed, "floor": SPEED_FLOOR, "passed": fast},
+            "attention_share": {
+                "value": share, "floor": LIMIT_FLOOR, "passed": None if share is None else share >= LIMIT_FLOOR,
+            },
+        }  # fmt: skip
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
             "benchmark": "decode",
             "machine": self.machine,
+            "cpu_of_others": self.cpu_of_others,
             "settings": asdict(self.bench),
             "memory": self.memory.as_dict(),
             "model": {"bytes": self.model_bytes, "seconds_without_context": self.model_seconds},
             "token_kv_bytes": self.bench.shape.token_bytes,
-            "rows": [
-                {
-                    "tokens": row.tokens,
-                    "kv_bytes": row.kv_bytes,
-                    "limit_seconds": self.limit(row),
-                    "competitors": [
-                        m.as_dict()
-                        | {
-                            "speed_up": row.speed_up(m.name, REFERENCE),
-                            "speed_up_over_in_place": row.speed_up(m.name, IN_PLACE),
-                            "share_of_limit": None if m.skipped else self.limit(row) / m.median,
-                        }
-                        for m in row.measured
-                    ],
-                    "floors": self.floors(row),
-                }
-                for row in self.rows
-            ],
+            "rows": [self._row(row) for row in self.rows],
         }
 
+    def _row(self, row: Row) -> dict[str, Any]:
+        competitors = [
+            m.as_dict()
+            | {
+                "speed_up": row.speed_up(m.name, REFERENCE),
+                "speed_up_over_in_place": row.speed_up(m.name, IN_PLACE),
+                "share_of_limit": None if m.skipped else self.limit(row) / m.best,
+            }
+            for m in row.measured
+        ]
+        facts = {"tokens": row.tokens, "kv_bytes": row.kv_bytes, "limit_seconds": self.limit(row)}
+        return facts | {"competitors": competitors, "floors": self.floors(row)}
 
-# ---------------------------------------------------------------------- measuring
+
 @torch.no_grad()
 def run(bench: Bench, say: Say = lambda text: None, competitors: Sequence[Competitor] = COMPETITORS) -> Report:
     """Measure everything. say: told what comes next. Raises ConfigError, StoreError, OSError."""
-    say("memory bandwidth")
-    memory = _memory(bench)
+    say("memory, disk and model alone")
+    began, memory = CpuUse.now(), _memory(bench)
     model, context = build_model(bench.shape, bench.room), Context(bench.shape)
-    empty = DynamicCache(config=model.config)
-    alone, _ = decode(model, empty, bench)
-    report = Report(bench, machine.describe(), memory, model_bytes(model), alone[1:])
+    alone, _, _ = decode(model, DynamicCache(config=model.config), bench.pace)
+    report = Report(bench, machine.describe(), memory, sum(p.nbytes for p in model.parameters()), alone[1:])
     with ExitStack() as stack:
         parent = bench.directory or os.environ.get("ALAYA_TIERS_DIR")
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-alaya-", dir=parent)))
@@ -214,52 +179,181 @@ def run(bench: Bench, say: Say = lambda text: None, competitors: Sequence[Compet
         if any(c.ssd for c in competitors):
             disk = stack.enter_context(machine.disk_file(directory, bench.disk_bytes))
         for tokens in bench.contexts:
-            case = Case(bench.shape, model.config, tokens, tokens + bench.steps + 1, directory)
+            case = Case(bench.shape, model.config, tokens, tokens + bench.pace.steps + 1, directory)
             row = Row(tokens, case.kv_bytes)
             report.rows.append(row)
             for competitor in competitors:
                 say(f"{tokens:,} tokens: {competitor.name}")
-                row.measured.append(_measure(competitor, case, model, context, bench, disk))
+                row.measured.append(measure(competitor, case, model, context, bench.pace, disk))
                 gc.collect()
             _compare(row)
-            say("memory bandwidth")
             report.memory = report.memory.merged(_memory(bench))
+    report.cpu_of_others = CpuUse.now().others_since(began)
     return report
 
 
-def decode(
-    model: LlamaForCausalLM, cache: Cache, bench: Bench, started: Say = lambda text: None
-) -> tuple[list[float], Tensor]:
-    """Seconds of each step, the warm-up first, and the logits of all of them, float32 [steps, vocabulary].
-
-    started: called between the warm-up and the first counted step.
-    """
-    times: list[float] = []
-    logits: list[Tensor] = []
-    begin = time.perf_counter()
-    while len(times) <= bench.steps:
-        if len(times) > bench.least and time.perf_counter() - begin > bench.seconds:
-            break
-        if len(times) == 1:
-            started("")
-        token = torch.tensor([[(7 * len(times) + 3) % VOCABULARY]])
-        began = time.perf_counter()
-        out = model(input_ids=token, past_key_values=cache, use_cache=True)
-        times.append(time.perf_counter() - began)
-        logits.append(out.logits[0, -1].float())
-    return times, torch.stack(logits)
+def _memory(bench: Bench) -> Bandwidth:
+    return machine.memory_bandwidth(machine.memory_buffer(bench.memory_bytes))
 
 
-def attention_only(session: Session, shape: Shape, seconds: float, most: int) -> list[float]:
-    """Seconds of one attention in every layer, several times: what is left of a step without the model."""
-    generator = torch.Generator().manual_seed(2)
-    q = torch.randn(shape.layers, 1, shape.heads, 1, shape.head_dim, generator=generator) * 3
-    q = q.to(next(iter(session.layers.values())).shape.geometry.dtype)
-    visible, scale = [Visible.all(session.length(), 1)], shape.head_dim**-0.5
-    times: list[float] = []
-    while len(times) <= most and (len(times) < 4 or sum(times) < seconds):
-        began = time.perf_counter()
-        for layer in range(shape.layers):
-            session.attention(layer, q[layer], visible, scale)
-        times.append(time.perf_counter() - began)
-    return times[1:]
+def _compare(row: Row) -> None:
+    """How far each competitor's logits are from those of the first that ran, over the steps both did."""
+    ran = [m for m in row.measured if m.skipped is None]
+    for m in ran:
+        n = min(len(m.logits), len(ran[0].logits))
+        reference = ran[0].logits[:n]
+        m.differs = float((m.logits[:n] - reference).abs().max() / reference.abs().max())
+
+
+def tables(report: Report) -> list[Table]:
+    """What was found, for people."""
+    return [_machine_table(report), *(_row_table(report, row) for row in report.rows), _floor_table(report)]
+
+
+def _machine_table(report: Report) -> Table:
+    shape, m, memory = report.bench.shape, report.machine, report.memory
+    sizes = f"{shape.layers} layers, hidden {shape.hidden}, {shape.heads}/{shape.kv_heads} heads x {shape.head_dim}"
+    alone = min(report.model_seconds) * 1e3
+    table = Table(title="exact decode", show_header=False, title_justify="left")
+    table.add_row("machine", f"{m['cpu']}, {m['cores']} cores, {format_bytes(m['ram_bytes'])}")
+    table.add_row("others", f"took {report.cpu_of_others:.0%} of the cores during the run")
+    table.add_row("software", f"torch {m['torch']}, {m['threads']} threads, transformers {m['transformers']}")
+    table.add_row("memory", f"{memory.best / 1e9:.1f} GB/s read by {memory.method}, the best of this run")
+    weights = f"{format_bytes(report.model_bytes)} of weights, {alone:.1f} ms a step without context"
+    table.add_row("model", f"{sizes}, {shape.dtype}: {weights}")
+    table.add_row("KV", f"{format_bytes(shape.token_bytes)} a token")
+    return table
+
+
+def _row_table(report: Report, row: Row) -> Table:
+    limit = report.limit(row)
+    once = f"{limit * 1e3:.1f} ms to read it once from memory"
+    table = Table(title=f"{row.tokens:,} tokens, {format_bytes(row.kv_bytes)} of KV, {once}", title_justify="left")
+    table.add_column("cache")
+    ratios = (f"x {REFERENCE}", f"x {IN_PLACE}", "of limit")
+    for name in ("best ms", "median", "p90", "steps", *ratios, "peak RSS", "logits differ"):
+        table.add_column(name, justify="right")
+    for m in row.measured:
+        if m.skipped is not None:
+            continue
+        ms = (f"{t * 1e3:.1f}" for t in (m.best, m.median, m.p90))
+        faster = (row.speed_up(m.name, REFERENCE), row.speed_up(m.name, IN_PLACE), limit / m.best)
+        shown = ("-" if x is None else f"{x:.2f}" for x in faster)
+        table.add_row(m.name, *ms, str(len(m.steps)), *shown, format_bytes(m.peak_rss), f"{m.differs:.0e}")
+        if m.attention:
+            ms = (f"{t * 1e3:.1f}" for t in (min(m.attention), statistics.median(m.attention)))
+            share = f"{report.attention_share(row):.2f}"
+            table.add_row("  its attention alone", *ms, "", str(len(m.attention)), "", "", share)
+    notes = [f"{m.name} skipped: {m.skipped}" for m in row.measured if m.skipped is not None]
+    notes += [_ssd_text(m.ssd) for m in row.measured if m.ssd is not None]
+    table.caption, table.caption_justify = "\n".join(notes) or None, "left"
+    return table
+
+
+def _ssd_text(s: dict[str, Any]) -> str:
+    budgets = f"host {format_bytes(s['host_budget'])} + device {format_bytes(s['device_budget'])}"
+    reads = f"{format_bytes(s['read_bytes'])} ({format_bytes(s['least_read_bytes'])} fit no budget)"
+    disk = f"{s['disk']['bytes_per_second'] / 1e6:.0f} ({s['disk']['method']})"
+    return (
+        f"{SSD}: {budgets}; a token reads {reads} at {s['bytes_per_second'] / 1e6:.0f} MB/s of the disk's {disk}: "
+        f"{s['disk_share']:.2f}; hit rate {s['hit_rate']:.2f}, IO hidden {s['io_hidden']:.2f}, waited "
+        f"{s['waited_seconds'] * 1e3:.0f} ms; {'O_DIRECT' if s['direct_io'] else 'through the page cache'}"
+    )
+
+
+def _floor_table(report: Report) -> Table:
+    table = Table("tokens", "what", "value", "floor", "", title="floors", title_justify="left")
+    words = {"speed_up": f"{RAM} against {REFERENCE}", "attention_share": f"attention of {RAM}, share of the limit"}
+    for row in report.rows:
+        for name, floor in report.floors(row).items():
+            value = "not run" if floor["value"] is None else f"{floor['value']:.2f}"
+            verdict = {True: "PASS", False: "below", None: "-"}[floor["passed"]]
+            table.add_row(f"{row.tokens:,}", words[name], value, f"{floor['floor']:g}", verdict)
+    return table
+
+
+def plot(report: Report, path: Path) -> None:
+    """Milliseconds a token over context length, as a picture. Needs matplotlib."""
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    figure, axes = pyplot.subplots()
+    for name in (c.name for c in COMPETITORS):
+        points = [(row.tokens, m.median * 1e3) for row in report.rows if (m := row.of(name)) is not None]
+        axes.loglog([x for x, _ in points], [y for _, y in points], marker="o", label=name)
+    limits = [report.limit(row) * 1e3 for row in report.rows]
+    axes.loglog([row.tokens for row in report.rows], limits, linestyle="--", label="reading the KV once")
+    axes.set(xlabel="tokens of context", ylabel="ms a token")
+    axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+app = typer.Typer(help="Measure what this machine does with long contexts.", no_args_is_help=True)
+
+
+@app.callback()
+def _group() -> None:
+    """Keeps ``decode`` a command of its own while it is the only one."""
+
+
+def parse_contexts(text: str) -> tuple[int, ...]:
+    """``"8K,32K,1M"`` as numbers of tokens. Raises ConfigError."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    words = [word.strip().upper() for word in text.split(",")]
+    try:
+        return tuple(int(w[:-1]) * units[w[-1]] if w[-1:] in units else int(w) for w in words)
+    except ValueError as error:
+        raise ConfigError(f"cannot read {text!r} as context lengths; write e.g. 8K,32K,100000") from error
+
+
+@app.command("decode")
+def decode_command(
+    contexts: Annotated[str, typer.Option(help="Context lengths.")] = "8K,32K,128K",
+    steps: Annotated[int, typer.Option(help="Most steps for each cache; slow ones do fewer, at least 5.")] = 50,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    layers: int = 16,
+    hidden: int = 1024,
+    heads: int = 16,
+    kv_heads: int = 4,
+    head_dim: int = 64,
+    directory: Annotated[str | None, typer.Option("--dir", help="A directory on the disk to measure.")] = None,
+    json_file: Annotated[str | None, typer.Option("--json", help="Write all numbers to a file; - is stdout.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG; needs matplotlib.")] = None,
+    quick: Annotated[bool, typer.Option(help="Two steps each: shows that it runs, measures nothing.")] = False,
+) -> None:
+    """Exact decode against DynamicCache, and against what memory and disk allow."""
+    errors = Console(stderr=True)
+    try:
+        if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+        bench = Bench(
+            shape=Shape(layers, hidden, heads, kv_heads, head_dim, dtype),
+            contexts=parse_contexts(contexts),
+            pace=Pace(min(steps, 2), min(steps, 2), 0.0) if quick else Pace(steps, min(steps, 5)),
+            directory=directory,
+            **({"memory_bytes": 8 << 20, "disk_bytes": 8 << 20} if quick else {}),
+        )
+        with _progress(errors, bench.rounds) as say:
+            report = run(bench, say)
+        _show(report, errors, json_file)
+        if plot_file is not None:
+            plot(report, plot_file)
+    except (AlayaError, OSError) as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+
+
+def _show(report: Report, errors: Console, json_file: str | None) -> None:
+    console = errors if json_file == "-" else Console()
+    for table in tables(report):
+        console.print(table)
+    if json_file is not None:
+        text = json.dumps(report.as_dict(), indent=1) + "\n"
+        sys.stdout.write(text) if json_file == "-" else Path(json_file).write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _progress(console: Console, rounds: int) -> Iterator[Say]:
+    columns = (BarColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=rounds, completed=-1)
+        yield lambda text: progress.update(task, description=text, advance=1)

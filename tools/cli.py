@@ -13,7 +13,7 @@ import torch
 import transformers.utils.logging as transformers_logging
 import typer
 from rich.console import Console, Group, RenderableType
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperGroup
@@ -53,7 +53,7 @@ app = typer.Typer(name="alaya-tiers", cls=Commands, no_args_is_help=True, add_co
 def show_version(wanted: bool) -> None:
     if wanted:
         print(version("alaya-tiers"))
-        raise typer.Exit()
+        raise typer.Exit
 
 
 @app.callback(epilog="Example: [bold]alaya-tiers demo[/bold]")
@@ -150,9 +150,9 @@ def demo(
 
 def quiet_libraries() -> None:
     """The report is what there is to read."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 class Bars(demos.Watcher):
@@ -160,7 +160,6 @@ class Bars(demos.Watcher):
 
     def __init__(self, bars: Progress) -> None:
         self._bars, self._task = bars, TaskID(0)
-        self._began = 0.0
 
     def stage(self, name: str, total: int) -> None:
         if not self._bars.console.is_terminal:
@@ -185,22 +184,20 @@ def progress() -> Iterator[Bars]:
     """Bars on stderr that are gone when the work is done."""
     console = Console(stderr=True)
     columns = (
-        SpinnerColumn(),
         TextColumn("{task.description}"),
-        BarColumn(bar_width=16),
+        BarColumn(bar_width=12),
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[facts]}"),
-        TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
         yield Bars(bars)
 
 
 def as_dict(report: demos.Report) -> dict[str, Any]:
-    """The report as JSON values: its fields (sizes in bytes, times in seconds, rates in tokens a second), and `summary`.
+    """The report as JSON values: its fields and a `summary`; in bytes, seconds and tokens a second.
 
-    summary: questions, exact and identical (how many of them, null = not known), kv_bytes of the text, memory_bytes (the
-    most KV in memory), ssd_bytes_per_token and hit_rate while answering, and the verdict in words.
+    summary: questions; exact and identical, how many of them, null if not known; kv_bytes of the text; memory_bytes,
+    the most KV that was in memory; ssd_bytes_per_token and hit_rate while answering; the verdict in words.
     """
     summary = {
         "questions": len(report.answers),
@@ -219,7 +216,8 @@ def as_dict(report: demos.Report) -> dict[str, Any]:
 def verdict(report: demos.Report) -> str:
     """What it means, in one sentence."""
     count = len(report.answers)
-    parts = [f"{format_bytes(report.plan.kv_bytes)} of KV answered from {format_bytes(report.memory_bytes)} of memory"]
+    kv, memory = format_bytes(report.plan.kv_bytes), format_bytes(report.memory_bytes)
+    parts = [f"{kv} of KV answered from {memory} of memory"]
     if report.exact is not None:
         parts.append(f"{report.exact} of {count} continuations exact")
     if report.identical is None:
@@ -234,10 +232,7 @@ def verdict(report: demos.Report) -> str:
 def rendered(report: demos.Report) -> RenderableType:
     """The report for people."""
     bad = report.differs or (report.exact is not None and report.exact < len(report.answers))
-    title = Text.assemble(
-        ("alaya-tiers demo", "bold"),
-        f"  {report.model} read {report.tokens:,} tokens of {report.source}",
-    )
+    title = Text.assemble((report.model, "bold"), f" read {report.tokens:,} tokens of {report.source}")
     return Group(
         title,
         Text(),
@@ -246,6 +241,8 @@ def rendered(report: demos.Report) -> RenderableType:
         tier_table(report),
         Text(),
         number_table(report),
+        Text(),
+        Text(process_line(report), "dim"),
         Text(),
         Text(verdict(report), style="bold red" if bad else "bold green"),
     )
@@ -256,7 +253,7 @@ def answer_table(answers: tuple[demos.Answer, ...]) -> Table:
     known = any(answer.truth is not None for answer in answers)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
     table.add_column("at token", justify="right", no_wrap=True)
-    for name in ("after ...", "it continued", *(["the text says"] if known else [])):
+    for name in ("after …", "it continued", *(["the text says"] if known else [])):
         table.add_column(name, ratio=1, overflow="fold")
     table.add_column("", no_wrap=True)
     for answer in answers:
@@ -309,11 +306,15 @@ def number_table(report: demos.Report) -> Table:
     table.add_row("KV found in memory or read ahead", f"{report.hit_rate:.0%}", "100%")
     table.add_row("read from SSD per new token", format_bytes(report.ssd_bytes_per_token), "0 B")
     table.add_row("written behind while reading", format_bytes(report.reading.written_bytes), "0 B")
-    grown = report.rss_peak_bytes - report.rss_bytes
-    table.add_row(
-        f"process, on top of {format_bytes(report.rss_bytes)} for Python, torch, model", f"+{format_bytes(grown)}", ""
-    )
     return table
+
+
+def process_line(report: demos.Report) -> str:
+    grown = format_bytes(report.rss_peak_bytes - report.rss_bytes)
+    return (
+        f"The process took {format_bytes(report.rss_bytes)} with Python, torch and the model, and at most {grown} more "
+        f"while it worked: {format_bytes(report.memory_bytes)} of KV, the rest scratch of the forward pass."
+    )
 
 
 def speeds(speed: demos.Speed | None) -> dict[str, str]:

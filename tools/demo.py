@@ -2,8 +2,8 @@
 
     subject   a model, the text it reads, passages to continue
     plan      the budgets: an eighth of the text's KV in the host tier, little in the device tier
-    run       read in chunks (blocks are written behind), then each question on a fork of the cache; then all of it again
-              with DynamicCache, in the same process: the tokens must be the same
+    run       read in chunks (blocks are written behind), then each question on a fork of the cache; then all of it
+              again with DynamicCache, in the same process: the tokens must be the same
     report    what came out, as frozen values
 
 Nothing here prints; `alaya_tiers.tools.cli` does.
@@ -34,7 +34,7 @@ from alaya_tiers.stats import Stats
 from alaya_tiers.tools.corpus import Passage, WordTokenizer, passages, read_text, split, stdlib_text
 from alaya_tiers.tools.quotation import build_model
 
-TOKENS = 12_288
+TOKENS = 16_384
 """Of the text, by default: with the comparison a minute or two on two cores. Exact prefill is quadratic."""
 
 MODEL_TOKENS = 4096
@@ -43,6 +43,7 @@ MODEL_TOKENS = 4096
 COMPARED_TOKENS = 32_768
 """Up to this many tokens DynamicCache answers too, unless told otherwise."""
 
+BLOCK_TOKENS = (256, 128, 64, 32, 16)
 SLOTS = 8
 PROMPT_TOKENS = 32
 HELD_BACK_TOKENS = 16
@@ -126,7 +127,7 @@ def hub_subject(options: Options, name: str) -> Subject:
     kept = (len(prompt) or HELD_BACK_TOKENS) + options.answer_tokens
     room = MODEL_TOKENS if limit is None else limit - kept
     tokens = options.tokens or min(MODEL_TOKENS, room)
-    if limit is not None and tokens > room:
+    if limit is not None and not 0 < tokens <= room:
         raise ContextTooLong(
             f"{name} has {limit} positions: {tokens} tokens of text, the prompt and its continuation do not fit. "
             f"Ask for --tokens {room} or less."
@@ -178,12 +179,13 @@ def plan(geometries: Sequence[Geometry], tokens: int, options: Options) -> Plan:
     The device tier must hold the open blocks of the text and of one fork. Blocks are made smaller until that fits.
     """
     kv_bytes = tokens * sum(g.token_bytes for g in geometries)
-    for block_tokens in (256, 128, 64, 32, 16):
+    for block_tokens in BLOCK_TOKENS:
         run = max(g.kv_heads * round_up(block_tokens * g.row_bytes, PAGE) for g in geometries)
         need = 2 * (len(geometries) + 1) * run
         host = parse_bytes(options.host_budget) if options.host_budget else rounded(kv_bytes // 8, run)
         device = parse_bytes(options.device_budget) if options.device_budget else rounded(kv_bytes // 16, run)
-        if need <= max(device, kv_bytes // 8) and host >= 4 * run:
+        smaller_wastes = max(block_tokens * g.row_bytes for g in geometries) <= PAGE
+        if smaller_wastes or (need <= (device if options.device_budget else kv_bytes // 8) and host >= 4 * run):
             break
     if options.device_budget is None:
         device = max(device, need)
@@ -235,7 +237,7 @@ class Memory:
         return int(self._process.memory_info().rss)
 
 
-class Stopwatch(BaseStreamer):  # type: ignore[misc]
+class Stopwatch(BaseStreamer):
     """Notes when each token comes out of `generate`; the first note is the prompt."""
 
     def __init__(self) -> None:
@@ -280,7 +282,7 @@ class Speed:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What one cache gave. reading, asking: its numbers after reading the text and after the questions, if it has any."""
+    """What one cache gave. reading, asking: its numbers, if it keeps any, after the text and after the questions."""
 
     replies: tuple[Reply, ...]
     speed: Speed
@@ -314,7 +316,7 @@ def read_and_answer(subject: Subject, cache: DynamicCache, options: Options, wat
 @torch.no_grad()
 def prefill(subject: Subject, cache: DynamicCache, chunk: int, watcher: Watcher) -> float:
     """Read the text into the cache, without the model's head; the seconds it took."""
-    watcher.stage(f"reading with {type(cache).__name__}", len(subject.ids))
+    watcher.stage("reading" + by(cache), len(subject.ids))
     began = time.perf_counter()
     for start in range(0, len(subject.ids), chunk):
         part = torch.tensor([subject.ids[start : start + chunk]])
@@ -325,12 +327,12 @@ def prefill(subject: Subject, cache: DynamicCache, chunk: int, watcher: Watcher)
 
 def answer_all(subject: Subject, cache: DynamicCache, count: int, watcher: Watcher) -> tuple[Reply, ...]:
     """Continue every passage, each as if it stood behind the text."""
-    watcher.stage(f"answering with {type(cache).__name__}", len(subject.questions))
+    watcher.stage("answering" + by(cache), len(subject.questions))
     replies = []
     for question in subject.questions:
         fork = copy.deepcopy(cache)  # of an AlayaCache: shares all blocks
         replies.append(answer(subject, question, fork, count))
-        fork.reset()
+        fork.reset()  # type: ignore[no-untyped-call] # a fork is part of a reference cycle: give its blocks back now
         watcher.advance(len(replies), stats_of(cache))
     return tuple(replies)
 
@@ -349,6 +351,10 @@ def answer(subject: Subject, question: Passage, cache: DynamicCache, count: int)
     )
     first, last = watch.times[1], watch.times[-1]
     return Reply(tuple(out[0, tokens.shape[1] :].tolist()), first - began, last - first)
+
+
+def by(cache: DynamicCache) -> str:
+    return "" if isinstance(cache, AlayaCache) else " (DynamicCache)"
 
 
 def stats_of(cache: DynamicCache) -> Stats | None:
@@ -426,7 +432,7 @@ class Report:
 def run(options: Options, watcher: Watcher | None = None) -> Report:
     """The whole demo. Raises AlayaError."""
     watcher = watcher or Watcher()
-    watcher.stage("preparing the model and the text", 1)
+    watcher.stage("preparing", 1)
     subject = prepare(options)
     geometries = full_attention(subject.model, subject.ids[: options.chunk])
     budgets = plan(geometries, len(subject.ids), options)
@@ -437,7 +443,8 @@ def run(options: Options, watcher: Watcher | None = None) -> Report:
     if skipped is None:
         subject.model.set_attn_implementation(plain_attention)
         dynamic = read_and_answer(subject, DynamicCache(config=subject.model.config), options, watcher)
-    assert tiered.reading is not None and tiered.asking is not None
+    assert tiered.reading is not None
+    assert tiered.asking is not None
     return Report(
         model=subject.name,
         source=subject.source,

@@ -77,6 +77,28 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@dataclass(frozen=True, slots=True)
+class CpuUse:
+    """CPU seconds since the system started: of this process, and of all cores together whether used or not."""
+
+    own: float
+    idle: float
+    total: float
+
+    @classmethod
+    def now(cls) -> "CpuUse":
+        """Until now."""
+        all_cores = psutil.cpu_times()
+        idle = all_cores.idle + getattr(all_cores, "iowait", 0.0)
+        seconds = [s for name, s in all_cores._asdict().items() if not name.startswith("guest")]  # user holds these
+        return cls(time.process_time(), idle, sum(seconds))
+
+    def others_since(self, before: "CpuUse") -> float:
+        """Share of all cores that other programs, and other guests of the machine, took since ``before``."""
+        taken = (self.total - before.total) - (self.idle - before.idle) - (self.own - before.own)
+        return min(1.0, max(0.0, taken / max(1e-9, self.total - before.total)))
+
+
 def available_ram() -> int:
     """Bytes this process can take: what the system has left, or less where a control group says so."""
     left = int(psutil.virtual_memory().available)

@@ -93,6 +93,7 @@ class KVHandle(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        args, kwargs = pytree.tree_map_only(KVHandle, KVHandle.materialize, (args, kwargs or {}))
         name = str(func)
         if name not in _warned:
             _warned.add(name)
@@ -102,7 +103,6 @@ class KVHandle(Tensor):
                 GatheredWarning,
                 stacklevel=2,
             )
-        args, kwargs = pytree.tree_map_only(KVHandle, KVHandle.materialize, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 

@@ -1,54 +1,43 @@
 """Slots over slabs of memory that grow up to a budget: the common body of the device and the host tier."""
 
-import ctypes
 import mmap
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from alaya_tiers import kernel
 from alaya_tiers.tiers.base import Accountant, Addresses, Slots
 
 SLAB_BYTES = 16 << 20
 """A slab's size: memory is mapped (and pinned, with CUDA) in steps of this, not in one stall at the start."""
 
 
-class Slab(NamedTuple):
-    """A piece of memory: its address, and the object that keeps it alive."""
-
-    address: int
-    owner: Any
-
-
-def plain_slab(nbytes: int) -> Slab:
+def plain_slab(nbytes: int) -> Tensor:
     """Page-aligned memory of this process."""
     memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return Slab(ctypes.addressof(ctypes.c_char.from_buffer(memory)), memory)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
-def pinned_slab(nbytes: int) -> Slab:
-    """Host memory registered with CUDA."""
-    memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-    return Slab(memory.data_ptr(), memory)
-
-
-def cuda_slab(nbytes: int, device: torch.device) -> Slab:
-    """GPU memory."""
-    memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-    return Slab(memory.data_ptr(), memory)
+def pinned_slab(nbytes: int) -> Tensor:
+    """Host memory registered with CUDA, page-aligned."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
 
 
 class Arena:
-    """A MemoryTier of at most ``budget`` bytes; slabs come from ``make_slab`` and are charged to the accountant."""
+    """A MemoryTier of at most ``budget`` bytes; its slabs come from ``make_slab`` and are accounted for."""
+
+    on_cpu = True
 
     def __init__(
-        self, name: str, budget: int, slot_bytes: int, accountant: Accountant, make_slab: Callable[[int], Slab]
+        self, name: str, budget: int, slot_bytes: int, accountant: Accountant, make_slab: Callable[[int], Tensor]
     ) -> None:
         self.name, self.slot_bytes, self.capacity = name, slot_bytes, budget // slot_bytes
         self._accountant, self._make_slab = accountant, make_slab
         self._per_slab = max(1, SLAB_BYTES // slot_bytes)
-        self._slabs: list[Slab] = []
+        self._slabs: list[Tensor] = []
         self._addresses = np.zeros(self.capacity, np.int64)
         self._made = 0
         self._free: list[int] = []
@@ -81,6 +70,10 @@ class Arena:
     def addresses(self, slots: Slots) -> Addresses:
         return self._addresses[slots]
 
+    def tensor(self, slot: int) -> Tensor:
+        slab, index = divmod(slot, self._per_slab)
+        return self._slabs[slab][index * self.slot_bytes : (index + 1) * self.slot_bytes]
+
     def close(self) -> None:
         self._accountant.release(self.name, self._made * self.slot_bytes)
         self._slabs, self._free = [], []
@@ -95,6 +88,15 @@ class Arena:
             self._accountant.release(self.name, n * self.slot_bytes)
             raise
         self._slabs.append(slab)
-        self._addresses[self._made : self._made + n] = slab.address + np.arange(n) * self.slot_bytes
+        self._addresses[self._made : self._made + n] = slab.data_ptr() + np.arange(n) * self.slot_bytes
         self._free[:0] = range(self._made + n - 1, self._made - 1, -1)
         self._made += n
+
+
+def copy_slots(source: Arena, src: Slots, target: Arena, dst: Slots, nbytes: npt.NDArray[np.int64]) -> None:
+    """Copy the first ``nbytes[i]`` of slot ``src[i]`` to slot ``dst[i]``; complete on return."""
+    if source.on_cpu and target.on_cpu:
+        kernel.copy(source.addresses(src), target.addresses(dst), nbytes, None)
+        return
+    for s, d, n in zip(src.tolist(), dst.tolist(), nbytes.tolist(), strict=True):
+        target.tensor(d)[:n].copy_(source.tensor(s)[:n])

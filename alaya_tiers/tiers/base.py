@@ -5,6 +5,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import OutOfSpace
@@ -24,6 +25,9 @@ class MemoryTier(Protocol):
     capacity: int
     """Slots the budget allows."""
 
+    on_cpu: bool
+    """Whether addresses are readable by the CPU."""
+
     @property
     def free(self) -> int:
         """Slots that can be taken now."""
@@ -39,6 +43,10 @@ class MemoryTier(Protocol):
 
     def addresses(self, slots: Slots) -> Addresses:
         """Address of the first byte of each slot, aligned to a page."""
+        ...
+
+    def tensor(self, slot: int) -> Tensor:
+        """A slot's memory, uint8 [slot_bytes]."""
         ...
 
     def close(self) -> None:
