@@ -9,6 +9,7 @@ Needs no test framework; the classes work under pytest.
 """
 
 import asyncio
+import contextlib
 import errno
 import heapq
 import os
@@ -65,6 +66,16 @@ class VirtualLoop(asyncio.BaseEventLoop):
         for context in self.failures:
             raise context.get("exception") or AssertionError(context["message"])
         return result
+
+    def abandon(self) -> None:
+        """Cancel what still runs, for as long as it takes to end it, and close."""
+        self.most_turns = self.turns + 10_000
+        while tasks := asyncio.all_tasks(self):
+            for task in tasks:
+                task.cancel()
+            with contextlib.suppress(Hang):
+                self.run_until_complete(asyncio.wait(tasks))
+        self.close()
 
     def create_task(self, coro: Any, **kwargs: Any) -> Any:
         self._starting = True

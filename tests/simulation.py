@@ -177,17 +177,17 @@ class Sim:
         assert (self.device.used, self.host.used, self.accountant.used["ssd"]) == (0, 0, 0)
 
     def close(self) -> None:
-        """Free everything; loop, tiers and handles."""
+        """Free everything: loop, tiers and handles. After a failure, only the loop."""
         try:
+            if asyncio.all_tasks(self.loop):
+                return
             self.loop.run(self.mover.close())
             for tier in (self.device, self.host, self.ssd):
                 tier.close()
             assert not self.disk.handles, "handles were left open"
             assert not any(self.accountant.used.values()), "bytes were left charged"
         finally:
-            for task in asyncio.all_tasks(self.loop):
-                task.cancel()
-            self.loop.close()
+            self.loop.abandon()
 
     async def _publish(self, number: int) -> None:
         await self.executor.run(partial(self.ssd.write_index, number))

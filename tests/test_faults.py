@@ -282,10 +282,10 @@ def test_closing_in_the_middle_of_loads_leaves_nothing_running(seed: int) -> Non
             assert load.done(), "a load waits forever"
             assert load.cancelled() or load.exception() is None or isinstance(load.exception(), AlayaError)
 
-    sim.loop.run(main())
-    for task in asyncio.all_tasks(sim.loop):
-        task.cancel()
-    sim.loop.close()
+    try:
+        sim.loop.run(main())
+    finally:
+        sim.loop.abandon()
 
 
 # ---------------------------------------------------------------------- real threads, real files

@@ -1,0 +1,63 @@
+"""The README's example runs as it is written, but for the names of the model and the book."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import alaya_tiers
+
+
+def python_block(text: str) -> str:
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return str(block)
+
+
+def small_model(folder: Path) -> None:
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog"]
+    tokenizer = Tokenizer(models.WordLevel({"?": 0} | {w: i + 1 for i, w in enumerate(words)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        eos_token_id=None,
+        bos_token_id=None,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+
+
+def test_the_example_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_model(tmp_path)
+    (tmp_path / "book.txt").write_text("the quick brown fox jumps over a lazy dog " * 60)
+    code = python_block((root / "README.md").read_text())
+    assert len(code.splitlines()) <= 9
+    code = code.replace("meta-llama/Llama-3.2-1B", str(tmp_path)).replace('open("book.txt")', 'Path("book.txt")')
+    code = code.replace(".read()", ".read_text()")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"Path": Path}
+    exec(code, names)
+    cache, output = names["cache"], names["output"]
+    assert isinstance(cache, alaya_tiers.AlayaCache)
+    assert output.shape == (1, 9 * 60 + 50)  # type: ignore[attr-defined]
+    assert cache.get_seq_length() == 9 * 60 + 49
+    cache.close()
+
+
+def test_the_file_tree_tells_the_truth(root: Path) -> None:
+    text = (root / "README.md").read_text()
+    tree = text.split("## Find your way")[1].split("```")[1]
+    for file in sorted((root / "alaya_tiers").glob("*.py")):
+        if file.name != "__init__.py":
+            assert file.name in tree, f"{file.name} is missing in the README's file tree"
+    for name in re.findall(r"(\w+\.(?:py|c|md))\b", tree):
+        assert list(root.rglob(name)), f"the README names {name}, which does not exist"
+    for link in re.findall(r"\]\(([^)h][^)]*)\)", text):
+        assert os.path.exists(root / link), f"the README links to {link}, which does not exist"
