@@ -1,11 +1,12 @@
 /* Attention of a few rows over scattered blocks of rows [k | v], and the copies that fill such blocks.
  *
  * The work is cut into pieces: a range of the visible tokens of one head. A piece walks its tokens tile by tile: scores
- * of all rows in one pass over the tile's keys, running maximum, exp, then its values; so each byte of K and V comes from
+ * of all rows in one pass over the tile's keys, running maximum, exp, then its values; each byte of K and V comes from
  * memory once. It leaves (acc, max, sum) per row; whoever finishes the last piece of a head merges the head.
  *
  * The middle of this file includes itself once per instruction set (VL floats to a vector), chosen at run time.
- * Threads are borrowed from the OpenMP runtime that torch already runs: see decisions/001-compiled-kernel.md.
+ * The threads are our own and sleep between calls; nobody waits for one that did not get a core in time. Why not
+ * OpenMP: docs/decisions/001-compiled-kernel.md.
  */
 #ifndef VL
 #define _GNU_SOURCE
@@ -15,10 +16,12 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define X86 1
+#define PAUSE() __builtin_ia32_pause()
+#else
+#define PAUSE() ((void)0)
 #endif
 
 enum { F32, BF16, F16 };
@@ -27,9 +30,8 @@ enum { NEAR = 4 }; /* tokens */
 #define FETCH_FAR(p) __builtin_prefetch((p), 0, 2)  /* a tile ahead, into L2: into L1 it is half as fast */
 #define FETCH_NEAR(p) __builtin_prefetch((p), 0, 3) /* NEAR tokens ahead, from L2 into L1: 1.1x, see decisions/001 */
 enum { PIECES = 8 };      /* pieces per thread, so that a thread that loses its core does not hold up the others */
-enum { PIECE_BYTES = 1 << 16, THREAD_BYTES = 1 << 17, MAX_THREADS = 256 };
+enum { PIECE_BYTES = 1 << 16, THREAD_BYTES = 1 << 17, MAX_THREADS = 256, PATIENCE = 4000 };
 
-typedef void parallel_fn(void (*body)(void *), void *data, unsigned threads, unsigned flags); /* GOMP_parallel */
 typedef struct { int32_t block, first, count, position; int64_t before; } span; /* before: tokens in earlier spans */
 
 typedef struct job {
@@ -44,7 +46,7 @@ typedef struct job {
     int64_t n_spans, tokens, pieces, per_piece, stride; /* stride: floats of one piece's result */
     float *results, *scratch;                           /* scratch: scratch_floats for each worker */
     int64_t scratch_floats;
-    atomic_int *left;                                   /* pieces of each head still to do */
+    atomic_int *missing;                                /* pieces of each head still to do */
     void (*piece)(const struct job *, int64_t, int64_t, int64_t, float *, float *);
 } job;
 
@@ -110,7 +112,7 @@ typedef int32_t i4 __attribute__((vector_size(16)));
 
 #ifdef X86
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -139,44 +141,93 @@ typedef int32_t i4 __attribute__((vector_size(16)));
 #include "attend.c"
 #undef VL
 
-/* Dispatch: items are claimed one by one; a worker's number picks its scratch. */
-typedef struct {
+/* Work for several threads: items are claimed one by one; a worker's number picks its scratch. */
+typedef struct batch {
     void (*one)(void *job, int64_t item, int64_t worker);
     void *job;
     int64_t items;
-    atomic_llong next;
-    atomic_int workers;
+    atomic_llong next_item;
+    atomic_int workers, running; /* numbers given out; pool threads inside, written under the lock */
+    int64_t wanted;              /* pool threads that may still join */
+    struct batch *next;
 } batch;
 
-static void work(void *data)
+/* Open batches, newest first. A batch lives on its caller's stack: the caller takes it off the list when the items have
+ * run out, so that no thread can join any more, and waits for those inside. */
+static batch *open_batches;
+static int64_t pool_threads;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t opened = PTHREAD_COND_INITIALIZER, left = PTHREAD_COND_INITIALIZER;
+
+static void work(batch *b)
 {
-    batch *b = data;
     int64_t worker = atomic_fetch_add(&b->workers, 1), item;
-    while ((item = atomic_fetch_add(&b->next, 1)) < b->items) b->one(b->job, item, worker);
+    while ((item = atomic_fetch_add(&b->next_item, 1)) < b->items) b->one(b->job, item, worker);
 }
 
-static void *work_thread(void *data) { work(data); return NULL; }
-
-static pid_t pool_owner; /* an OpenMP pool does not survive fork: a child must not touch its parent's */
-__attribute__((constructor)) static void remember_owner(void) { pool_owner = getpid(); }
-
-static void run(parallel_fn *parallel, int64_t threads, void (*one)(void *, int64_t, int64_t), void *j, int64_t items)
+static void close_batch(batch *b)
 {
-    batch b = {.one = one, .job = j, .items = items};
+    for (batch **p = &open_batches; *p; p = &(*p)->next)
+        if (*p == b) {
+            *p = b->next;
+            return;
+        }
+}
+
+static void *pool_thread(void *unused)
+{
+    pthread_mutex_lock(&lock);
+    for (;;) {
+        while (!open_batches) pthread_cond_wait(&opened, &lock);
+        batch *b = open_batches;
+        b->running++;
+        if (--b->wanted == 0) close_batch(b);
+        pthread_mutex_unlock(&lock);
+        work(b);
+        pthread_mutex_lock(&lock);
+        if (--b->running == 0) pthread_cond_broadcast(&left);
+    }
+    return unused;
+}
+
+static void run(int64_t threads, void (*one)(void *, int64_t, int64_t), void *j, int64_t items)
+{
     if (threads > items) threads = items;
-    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    batch b = {.one = one, .job = j, .items = items, .wanted = threads - 1};
     if (threads <= 1) {
         work(&b);
-    } else if (parallel && pool_owner == getpid()) {
-        parallel(work, &b, (unsigned)threads, 0);
-    } else {
-        pthread_t ids[MAX_THREADS];
-        int64_t started = 0;
-        while (started < threads - 1 && !pthread_create(&ids[started], NULL, work_thread, &b)) started++;
-        work(&b);
-        while (started > 0) pthread_join(ids[--started], NULL);
+        return;
     }
+    pthread_mutex_lock(&lock);
+    pthread_t id;
+    while (pool_threads < threads - 1 && !pthread_create(&id, NULL, pool_thread, NULL)) {
+        pthread_detach(id);
+        pool_threads++;
+    }
+    b.next = open_batches;
+    open_batches = &b;
+    for (int64_t i = 1; i < threads; i++) pthread_cond_signal(&opened);
+    pthread_mutex_unlock(&lock);
+    work(&b);
+    pthread_mutex_lock(&lock);
+    close_batch(&b);
+    pthread_mutex_unlock(&lock);
+    for (int i = 0; i < PATIENCE && b.running; i++) PAUSE();
+    pthread_mutex_lock(&lock);
+    while (b.running) pthread_cond_wait(&left, &lock);
+    pthread_mutex_unlock(&lock);
 }
+
+/* A child of fork has none of its parent's threads, and perhaps a lock that one of them held. */
+static void forget_threads(void)
+{
+    open_batches = NULL;
+    pool_threads = 0;
+    lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
+    opened = left = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
+}
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_threads); }
 
 /* Which tokens any row sees, as spans. Rows with equal ranges in a row cost nothing; returns the number of tokens. */
 static void find_spans(job *j, const int32_t *starts, const int32_t *counts)
@@ -226,7 +277,7 @@ static void one_piece(void *data, int64_t item, int64_t worker)
     int64_t head = item / j->pieces, first = item % j->pieces * j->per_piece, last = first + j->per_piece;
     if (last > j->tokens) last = j->tokens;
     j->piece(j, head, first, last, j->results + item * j->stride, j->scratch + worker * j->scratch_floats);
-    if (atomic_fetch_sub(&j->left[head], 1) == 1) merge_head(j, head);
+    if (atomic_fetch_sub(&j->missing[head], 1) == 1) merge_head(j, head);
 }
 
 static int64_t up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
@@ -248,13 +299,14 @@ static int64_t plan(job *j, int64_t threads)
 }
 
 /* Returns 0, or -1 when memory ran out. softcap 0 is none. */
-int alaya_attend(parallel_fn *parallel, int64_t threads, const float *q, const int64_t *addresses,
+int alaya_attend_blocks(int64_t threads, const float *q, const int64_t *addresses,
                  const int32_t *starts, const int32_t *counts, const int32_t *lo, const int32_t *hi, int64_t heads,
                  int64_t rows, int64_t blocks, int64_t address_stride, int64_t k_dim, int64_t v_dim, int32_t dtype,
                  float scale, float softcap, float *out, float *lse)
 {
     int64_t itemsize = dtype == F32 ? 4 : 2;
-    job j = {.q = q, .addresses = addresses, .address_stride = address_stride, .lo = lo, .hi = hi, .heads = heads, .rows = rows, .blocks = blocks,
+    job j = {.q = q, .addresses = addresses, .address_stride = address_stride, .lo = lo, .hi = hi,
+             .heads = heads, .rows = rows, .blocks = blocks,
              .k_dim = k_dim, .v_dim = v_dim, .k_pad = up(k_dim, 16), .v_pad = up(v_dim, 16), .dtype = dtype,
              .row_bytes = (k_dim + v_dim) * itemsize, .itemsize = itemsize, .scale = scale, .softcap = softcap,
              .out = out, .lse = lse, .piece = attend_piece_4};
@@ -273,9 +325,9 @@ int alaya_attend(parallel_fn *parallel, int64_t threads, const float *q, const i
     j.results = j.tokens ? aligned_alloc(64, up(floats * sizeof(float) + heads * sizeof(atomic_int), 64)) : NULL;
     if (j.results) {
         j.scratch = j.results + heads * j.pieces * j.stride;
-        j.left = (atomic_int *)(j.results + floats);
-        for (int64_t h = 0; h < heads; h++) atomic_init(&j.left[h], (int)j.pieces);
-        run(parallel, threads, one_piece, &j, heads * j.pieces);
+        j.missing = (atomic_int *)(j.results + floats);
+        for (int64_t h = 0; h < heads; h++) atomic_init(&j.missing[h], (int)j.pieces);
+        run(threads, one_piece, &j, heads * j.pieces);
     } else {
         memset(out, 0, sizeof(float) * heads * rows * v_dim);
         for (int64_t i = 0; i < heads * rows; i++) lse[i] = -INFINITY;
@@ -295,11 +347,11 @@ static void one_copy(void *data, int64_t item, int64_t worker)
     memcpy((void *)c->dst[item], (const void *)c->src[item], (size_t)c->bytes[item]);
 }
 
-void alaya_copy(parallel_fn *parallel, int64_t threads, const int64_t *src, const int64_t *dst, const int64_t *bytes,
+void alaya_copy_blocks(int64_t threads, const int64_t *src, const int64_t *dst, const int64_t *bytes,
                 int64_t n)
 {
     copies c = {src, dst, bytes};
-    run(parallel, threads, one_copy, &c, n);
+    run(threads, one_copy, &c, n);
 }
 
 typedef struct {
@@ -320,21 +372,23 @@ static void one_write(void *data, int64_t head, int64_t worker)
 }
 
 /* All strides and sizes in bytes. */
-void alaya_write(parallel_fn *parallel, int64_t threads, const char *k, const char *v, const int64_t *addresses,
+void alaya_write_rows(int64_t threads, const char *k, const char *v, const int64_t *addresses,
                  int64_t heads, int64_t n, int64_t k_head, int64_t k_token, int64_t v_head, int64_t v_token,
                  int64_t k_bytes, int64_t v_bytes)
 {
     writes w = {k, v, addresses, n, k_head, k_token, v_head, v_token, k_bytes, v_bytes};
-    run(parallel, threads, one_write, &w, heads);
+    run(threads, one_write, &w, heads);
 }
 
 #else /* once per instruction set from here on */
 
 typedef float NAME(vf) __attribute__((vector_size(4 * VL)));
 typedef int32_t NAME(vi) __attribute__((vector_size(4 * VL)));
+typedef uint32_t NAME(vu) __attribute__((vector_size(4 * VL)));
 typedef uint16_t NAME(vh) __attribute__((vector_size(2 * VL)));
 #define vf NAME(vf)
 #define vi NAME(vi)
+#define vu NAME(vu)
 #define vh NAME(vh)
 #if VL == 8
 #define ROWS 2 /* rows at a time: what 16 registers hold */
@@ -445,7 +499,7 @@ INLINE vf NAME(vexp)(vf x)
     vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vf p = ((((1.3981999507e-3f * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 0.5f);
     p = p * r * r + r + 1.0f;
-    p *= (vf)(((vi)big << 23) + 0x3f800000);
+    p *= (vf)(((vu)big << 23) + 0x3f800000u); /* 2^n: n is in the low bits of big */
     return (vf)(~tiny & (vi)p);
 }
 #define vexp NAME(vexp)
@@ -481,8 +535,8 @@ INLINE void NAME(dots)(const float *q, int64_t kp, const char *const *row, int64
 }
 
 /* acc[row][d..] += s[row][token] * v[token][d..] over a tile, for R rows and C vectors (n numbers when a tail). */
-INLINE void NAME(sweep)(const tile *t, const tile *next, int64_t skip, const float *s, float *acc, int64_t vp, int64_t tail, int dtype,
-                        int R, int C)
+INLINE void NAME(sweep)(const tile *t, const tile *next, int64_t skip, const float *s, float *acc, int64_t vp,
+                        int64_t tail, int dtype, int R, int C)
 {
     const int size = dtype == F32 ? 4 : 2;
     vf sum[ROWS][4];
@@ -491,7 +545,10 @@ INLINE void NAME(sweep)(const tile *t, const tile *next, int64_t skip, const flo
     for (int i = 0; i < t->n; i++) {
         vf v[4];
         if (next)
-            UNROLL for (int c = 0; c < C * VL * size; c += 64) FETCH_FAR(next->row[i] + skip + c), FETCH_NEAR(t->row[i + NEAR] + skip + c);
+            UNROLL for (int c = 0; c < C * VL * size; c += 64) {
+                FETCH_FAR(next->row[i] + skip + c);
+                FETCH_NEAR(t->row[i + NEAR] + skip + c);
+            }
         UNROLL for (int c = 0; c < C; c++)
             v[c] = tail ? load_tail(t->row[i] + skip, tail, dtype) : load(t->row[i] + skip + c * VL * size, dtype);
         UNROLL for (int r = 0; r < R; r++)
@@ -584,7 +641,8 @@ static void NAME(attend_piece)(const job *j, int64_t head, int64_t first, int64_
     memset(q, 0, sizeof(float) * j->rows * j->k_pad);
     for (int64_t r = 0; r < j->rows; r++) {
         state[2 * r] = -INFINITY;
-        for (int64_t d = 0; d < j->k_dim; d++) q[r * j->k_pad + d] = j->q[(head * j->rows + r) * j->k_dim + d] * j->scale;
+        const float *from = j->q + (head * j->rows + r) * j->k_dim;
+        for (int64_t d = 0; d < j->k_dim; d++) q[r * j->k_pad + d] = from[d] * j->scale;
     }
     tile tiles[2];
     cursor c = seek(j, head, first, last);
@@ -601,6 +659,7 @@ static void NAME(attend_piece)(const job *j, int64_t head, int64_t first, int64_
 
 #undef vf
 #undef vi
+#undef vu
 #undef vh
 #undef ROWS
 #undef pick

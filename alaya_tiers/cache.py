@@ -2,206 +2,27 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alaya_tiers.attention import (
-    BlockList,
-    Partial,
-    attend_blocks,
-    attend_dense,
-    gather,
-    merge,
-    with_sinks,
-    write_rows,
-)
-from alaya_tiers.blocks import BlockShape, Geometry
+from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_dense, merge, with_sinks
+from alaya_tiers.blocks import Geometry
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ContextTooLong, InputError, SessionClosed
+from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.stats import Stats, TierUse
+from alaya_tiers.view import Gathered, Visible, mask_of, positions_of, tiles
+
+__all__ = ["Session", "Visible"]
 
 FEW_ROWS = 32
 """Up to this many rows a kv head the compiled kernel reads blocks where they are; above, GEMMs read gathered tiles."""
-
-TILE_TOKENS = 4096
-"""Tokens gathered at a time for many rows: bounds the scratch memory of prefill."""
-
-
-class Extra(Protocol):
-    """A mask beyond intervals, of one sequence."""
-
-    def __call__(self, positions: Tensor) -> Tensor:
-        """positions: int64 [n]. Bool (True = visible) or additive float, [query_heads or 1, queries, n]."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Visible:
-    """What the queries of one sequence see.
-
-    lo, hi: int32 [queries]; query i sees positions lo[i] <= p < hi[i], further narrowed by ``extra`` if given.
-    """
-
-    lo: npt.NDArray[np.int32]
-    hi: npt.NDArray[np.int32]
-    extra: Extra | None = None
-
-    @classmethod
-    def causal(cls, past: int, queries: int) -> "Visible":
-        """Query i, at position past + i, sees itself and what came before."""
-        return cls(np.zeros(queries, np.int32), np.arange(past + 1, past + queries + 1, dtype=np.int32))
-
-    @classmethod
-    def all(cls, length: int, queries: int, extra: Extra | None = None) -> "Visible":
-        """Every query sees every token, but for ``extra``."""
-        return cls(np.zeros(queries, np.int32), np.full(queries, length, np.int32), extra)
-
-
-class Row:
-    """One sequence of a layer: the first block id of each run of tokens, oldest first."""
-
-    def __init__(self, stream: int, first: npt.NDArray[np.int64] | None = None) -> None:
-        self.stream = stream
-        self._first = np.empty(16, np.int64) if first is None else first.copy()
-        self.runs = 0 if first is None else first.size
-
-    @property
-    def first(self) -> npt.NDArray[np.int64]:
-        """int64 [runs]."""
-        return self._first[: self.runs]
-
-    def append(self, first: int) -> None:
-        """One more run."""
-        if self.runs == self._first.size:
-            self._first = np.append(self._first, np.empty(max(16, self.runs), np.int64))
-        self._first[self.runs] = first
-        self.runs += 1
-
-
-class Layer:
-    """The KV of one layer: as many rows as the batch has sequences, all of the same length."""
-
-    def __init__(self, engine: Engine, number: int, shape: BlockShape, rows: int) -> None:
-        self.engine, self.number, self.shape = engine, number, shape
-        self.length = 0
-        self.rows = [Row(engine.new_stream()) for _ in range(rows)]
-
-    def ids(self, first: npt.NDArray[np.int64]) -> Ids:
-        """Block ids of runs, [kv_heads, runs]."""
-        return first + np.arange(self.shape.geometry.kv_heads)[:, None]
-
-    def append(self, k: Tensor, v: Tensor) -> None:
-        """Add tokens to every row. k: [rows, kv_heads, n, k_dim], v: [rows, kv_heads, n, v_dim].
-
-        All or nothing: on an error the layer is as it was.
-        """
-        try:
-            for row, k_row, v_row in zip(self.rows, k, v, strict=True):
-                self._append(row, k_row, v_row)
-        except BaseException:
-            self._trim()
-            raise
-        self.length += k.shape[2]
-
-    def crop(self, length: int) -> None:
-        """Forget all tokens from ``length`` on."""
-        self.length = length
-        self._trim()
-
-    def select(self, indices: Sequence[int]) -> None:
-        """The batch becomes rows ``indices`` of the old one; rows may repeat. Blocks are shared, none is copied."""
-        old = self.rows
-        first_use = {i: n for n, i in reversed(list(enumerate(indices)))}
-        self.rows = [old[i] if first_use[i] == n else self._share(old[i]) for n, i in enumerate(indices)]
-        for i, row in enumerate(old):
-            if i not in first_use:
-                self._release(row, 0)
-
-    def fork(self) -> "Layer":
-        """The same rows again, sharing all blocks."""
-        other = Layer(self.engine, self.number, self.shape, 0)
-        other.length, other.rows = self.length, [self._share(row) for row in self.rows]
-        return other
-
-    def clear(self) -> None:
-        """Let go of all blocks."""
-        self.crop(0)
-
-    def _append(self, row: Row, k: Tensor, v: Tensor) -> None:
-        size = self.shape.tokens
-        mover, done, n = self.engine.mover, 0, k.shape[1]
-        while done < n:
-            offset = (self.length + done) % size
-            ids = self._open(row, self.length + done, offset)
-            take = min(size - offset, n - done)
-            self._write(ids, offset, k[:, done : done + take], v[:, done : done + take])
-            done += take
-            if offset + take == size:
-                with mover.lock:
-                    mover.ledger.seal(ids)
-
-    def _write(self, ids: Ids, offset: int, k: Tensor, v: Tensor) -> None:
-        """Put rows into open blocks, from row ``offset`` on. k, v: [kv_heads, n, dim]."""
-        g = self.shape.geometry
-        if self.engine.mover.device.on_cpu:
-            write_rows(k, v, self.engine.addresses(ids) + offset * g.row_bytes)
-            return
-        for head, block in enumerate(ids.tolist()):
-            rows = self.rows_of(block)[offset : offset + k.shape[1]]
-            rows[:, : g.k_dim], rows[:, g.k_dim :] = k[head], v[head]
-
-    def rows_of(self, block: int) -> Tensor:
-        """A pinned or open block as a tensor [block_tokens, k_dim + v_dim]."""
-        g = self.shape.geometry
-        return self.engine.tensor(block)[: self.shape.nbytes].view(g.dtype).view(-1, g.width)
-
-    def _open(self, row: Row, position: int, offset: int) -> Ids:
-        """The open blocks that hold ``position``, belonging to this row alone."""
-        engine, heads, book = self.engine, self.shape.geometry.kv_heads, self.engine.mover.ledger
-        run = position // self.shape.tokens
-        if run == row.runs:
-            row.append(engine.open_blocks(self.number, row.stream, position, heads))
-            return self.ids(row.first[run:]).ravel()
-        old = self.ids(row.first[run:]).ravel()
-        if not book.sealed[old[0]] and book.refs[old[0]] == 1:
-            return old
-        row.stream = engine.new_stream()  # shared with another row, or sealed before a crop: go on in a copy
-        first = engine.open_blocks(self.number, row.stream, position - offset, heads)
-        new = np.arange(first, first + heads)
-        try:
-            engine.copy_rows(old, new, offset * self.shape.geometry.row_bytes)
-        except BaseException:
-            engine.release(new)
-            raise
-        row.first[run] = first
-        engine.release(old)
-        return new
-
-    def _trim(self) -> None:
-        """Drop the runs beyond ``length``; a row that loses a sealed block goes on under another stream name."""
-        for row in self.rows:
-            self._release(row, -(-self.length // self.shape.tokens))
-
-    def _release(self, row: Row, keep: int) -> None:
-        if row.runs <= keep:
-            return
-        ids = self.ids(row.first[keep:]).ravel()
-        row.runs = keep
-        row.stream = self.engine.new_stream()
-        self.engine.release(ids)
-
-    def _share(self, row: Row) -> Row:
-        ids = self.ids(row.first).ravel()
-        with self.engine.mover.lock:
-            self.engine.mover.ledger.retain(ids)
-        return Row(self.engine.new_stream(), row.first)
 
 
 class Session:
@@ -292,7 +113,7 @@ class Session:
         everything = Visible.all(state.length, 1)
         for r, row in enumerate(state.rows):
             for piece in self._pieces(state, row, 0, state.length):
-                for part in _tiles(piece, everything) if isinstance(piece, BlockList) else [piece]:
+                for part in tiles(piece, everything) if isinstance(piece, BlockList) else [piece]:
                     k[r, :, part.positions], v[r, :, part.positions] = part.k.to(k.device), part.v.to(v.device)
         self.gathered += 1
         self.gathered_bytes = max(self.gathered_bytes, k.nbytes + v.nbytes)
@@ -385,8 +206,8 @@ class Session:
             if few and isinstance(piece, BlockList):
                 yield attend_blocks(q, piece, scale, lo, hi, softcap)
                 continue
-            for k, v, positions, cut in _tiles(piece, visible) if isinstance(piece, BlockList) else [piece]:
-                mask = _mask(positions, visible, group, k.shape[0], cut=cut)
+            for k, v, positions, cut in tiles(piece, visible) if isinstance(piece, BlockList) else [piece]:
+                mask = mask_of(positions, visible, group, k.shape[0], cut=cut)
                 mask = mask if mask is None else mask.to(q.device)
                 yield attend_dense(q, k.to(q.device), v.to(q.device), scale, mask, softcap)
 
@@ -437,15 +258,6 @@ def _let_go(layers: dict[int, Layer], engine: Engine) -> None:
     engine.bury([state.ids(row.first).ravel() for state in layers.values() for row in state.rows])
 
 
-class Gathered(NamedTuple):
-    """KV copied together. k, v: [kv_heads, n, dim]; positions: int64 [n]; cut: some query does not see all of it."""
-
-    k: Tensor
-    v: Tensor
-    positions: Tensor
-    cut: bool
-
-
 def _gathered(state: Layer, ids: Ids, starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> Gathered:
     """Blocks of which some are in GPU memory, copied together there. ids: [kv_heads, columns]."""
     device = state.engine.mover.device.tensor(0).device
@@ -456,48 +268,4 @@ def _gathered(state: Layer, ids: Ids, starts: npt.NDArray[np.int32], counts: npt
         ]
     )
     k_dim = state.shape.geometry.k_dim
-    return Gathered(rows[..., :k_dim], rows[..., k_dim:], _positions(starts, counts), True)
-
-
-def _positions(starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> Tensor:
-    """int64: the positions of all tokens of these runs, in their order."""
-    runs = [np.arange(start, start + n) for start, n in zip(starts.tolist(), counts.tolist(), strict=True)]
-    return torch.from_numpy(np.concatenate(runs))
-
-
-def _tiles(blocks: BlockList, visible: Visible) -> Iterator[Gathered]:
-    """Blocks copied together for many rows, at most TILE_TOKENS at a time, what no query sees left out."""
-    ends = blocks.starts + blocks.counts
-    seen = (ends > visible.lo.min()) & (blocks.starts < visible.hi.max())
-    whole = (blocks.starts >= visible.lo.max()) & (ends <= visible.hi.min())
-    for columns, cut in ((np.flatnonzero(whole), False), (np.flatnonzero(seen & ~whole), True)):
-        most = max(1, TILE_TOKENS // int(blocks.counts.max(initial=1)))
-        for i in range(0, len(columns), most):
-            some = columns[i : i + most]
-            counts = blocks.counts[some]
-            ends_here = np.cumsum(counts, dtype=np.int32)
-            packed = replace(
-                blocks,
-                addresses=np.ascontiguousarray(blocks.addresses[:, some]),
-                starts=ends_here - counts,
-                counts=counts,
-            )
-            k, v = gather(packed, 0, int(ends_here[-1]))
-            yield Gathered(k, v, _positions(blocks.starts[some], counts), cut)
-
-
-def _mask(positions: Tensor, visible: Visible, group: int, heads: int, *, cut: bool) -> Tensor | None:
-    """[kv_heads or 1, group * queries, n] of the queries' view of ``positions``; None when they see all."""
-    extra = None if visible.extra is None else visible.extra(positions)
-    if cut:
-        lo, hi = torch.from_numpy(visible.lo)[:, None], torch.from_numpy(visible.hi)[:, None]
-        inside = ((positions >= lo) & (positions < hi))[None]
-        if extra is None:
-            extra = inside
-        else:
-            extra = extra & inside if extra.dtype == torch.bool else extra.masked_fill(~inside, -torch.inf)
-    if extra is None:
-        return None
-    if extra.shape[0] == 1:
-        return extra.repeat(1, group, 1)
-    return extra.reshape(heads, -1, extra.shape[-1])
+    return Gathered(rows[..., :k_dim], rows[..., k_dim:], positions_of(starts, counts), True)

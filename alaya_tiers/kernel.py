@@ -24,29 +24,27 @@ class KernelMissing(ImportError):
 
 
 @cache
-def _library() -> tuple[ctypes.CDLL, int | None]:
-    """The kernel, and the address of GOMP_parallel in the OpenMP runtime torch uses (None where it uses another)."""
+def _library() -> ctypes.CDLL:
     here = Path(__file__).parent
     found = [path for suffix in EXTENSION_SUFFIXES if (path := here / f"_attend{suffix}").exists()]
     if not found:
         raise KernelMissing("alaya_tiers._attend is missing: install with pip, which needs a C compiler (gcc or clang)")
-    library = ctypes.CDLL(str(found[0]))
+    try:
+        return _typed(ctypes.CDLL(str(found[0])))
+    except AttributeError as error:
+        raise KernelMissing(f"{found[0]} was built from other sources: install again with pip") from error
+
+
+def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
+    """The library with the types of its functions. Raises AttributeError when it lacks one."""
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    attend_arguments: list[type[Any]] = [pointer, number] + [pointer] * 6 + [number] * 6
-    library.alaya_attend.argtypes = attend_arguments + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 2
-    library.alaya_copy.argtypes = [pointer, number, pointer, pointer, pointer, number]
-    library.alaya_copy.restype = None
-    library.alaya_write.argtypes = [pointer, number, pointer, pointer, pointer, *[number] * 8]
-    library.alaya_write.restype = None
-    return library, _gomp_parallel()
-
-
-def _gomp_parallel() -> int | None:
-    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:  # a lookup in a library also searches what it was linked with: the very OpenMP runtime torch runs
-        return ctypes.cast(ctypes.CDLL(str(torch_cpu)).GOMP_parallel, ctypes.c_void_p).value
-    except (OSError, AttributeError):
-        return None
+    attend_arguments: list[type[Any]] = [number] + [pointer] * 6 + [number] * 6
+    library.alaya_attend_blocks.argtypes = attend_arguments + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 2
+    library.alaya_copy_blocks.argtypes = [number, pointer, pointer, pointer, number]
+    library.alaya_copy_blocks.restype = None
+    library.alaya_write_rows.argtypes = [number, pointer, pointer, pointer, *[number] * 8]
+    library.alaya_write_rows.restype = None
+    return library
 
 
 def attend(
@@ -66,10 +64,10 @@ def attend(
 
     dims: k_dim, v_dim, number of the storage dtype in DTYPES. Raises MemoryError.
     """
-    library, parallel = _library()
+    library = _library()
     heads, rows, _ = q.shape
-    failed = library.alaya_attend(
-        parallel, torch.get_num_threads(), q.data_ptr(),
+    failed = library.alaya_attend_blocks(
+        torch.get_num_threads(), q.data_ptr(),
         _address(addresses), _address(starts), _address(counts), _address(lo), _address(hi),
         heads, rows, len(starts), addresses.strides[0] // 8, *dims, scale, softcap, out.data_ptr(), lse.data_ptr(),
     )  # fmt: skip
@@ -81,19 +79,19 @@ def copy(
     src: npt.NDArray[np.int64], dst: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], threads: int | None
 ) -> None:
     """attention.copy_blocks on contiguous arguments."""
-    library, parallel = _library()
+    library = _library()
     count = threads or _threads(int(sizes.sum()))
-    library.alaya_copy(parallel, count, _address(src), _address(dst), _address(sizes), len(src))
+    library.alaya_copy_blocks(count, _address(src), _address(dst), _address(sizes), len(src))
 
 
 def write(k: Tensor, v: Tensor, addresses: npt.NDArray[np.int64]) -> None:
     """attention.write_rows on tensors whose last dimension is contiguous."""
-    library, parallel = _library()
+    library = _library()
     size = k.element_size()
     heads, n, k_dim = k.shape
     k_bytes, v_bytes = k_dim * size, v.shape[2] * size
-    library.alaya_write(
-        parallel, _threads(heads * n * (k_bytes + v_bytes)), k.data_ptr(), v.data_ptr(), _address(addresses), heads, n,
+    library.alaya_write_rows(
+        _threads(heads * n * (k_bytes + v_bytes)), k.data_ptr(), v.data_ptr(), _address(addresses), heads, n,
         k.stride(0) * size, k.stride(1) * size, v.stride(0) * size, v.stride(1) * size, k_bytes, v_bytes,
     )  # fmt: skip
 

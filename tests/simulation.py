@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Coroutine, Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,8 @@ from alaya_tiers.tiers.host import HostTier
 from alaya_tiers.tiers.ssd import SsdTier, memory
 
 POISON = 0xDB
+
+T = TypeVar("T")
 
 
 class _Poisoned:
@@ -175,6 +177,13 @@ class Sim:
         await self.settle()
         assert not self.mover.ledger.alive().size, "blocks outlive their sequences"
         assert (self.device.used, self.host.used, self.accountant.used["ssd"]) == (0, 0, 0)
+
+    def play(self, work: Coroutine[Any, Any, T]) -> T:
+        """The result of ``work``, the last thing that happens here."""
+        try:
+            return cast("T", self.loop.run(work))
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Free everything: loop, tiers and handles. After a failure, only the loop."""

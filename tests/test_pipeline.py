@@ -79,17 +79,15 @@ def test_a_slow_disk_changes_when_but_not_what() -> None:
     for seed in range(4):
         sim = Sim(seed, *FLOOR)
         sim.disk.slow = 100.0
-        sim.loop.run(two(sim, 6))
-        sim.close()
+        sim.play(two(sim, 6))
 
 
 def test_short_reads_and_writes_are_completed() -> None:
     for seed in range(4):
         sim = Sim(seed, *FLOOR)
         sim.disk.faults = [Fault(op, kind="short", persistent=True) for op in ("read", "write")]
-        sim.loop.run(two(sim, 6))
+        sim.play(two(sim, 6))
         assert all(fault.hits for fault in sim.disk.faults)
-        sim.close()
 
 
 @pytest.mark.parametrize("host", range(1, 4))
@@ -108,8 +106,7 @@ def test_below_the_host_floor_it_says_so(host: int) -> None:
             assert host >= 2, "a run of two blocks cannot have fitted"
         await sim.finish(player)
 
-    sim.loop.run(main())
-    sim.close()
+    sim.play(main())
 
 
 def test_waiting_for_a_pin_does_not_spin() -> None:
@@ -139,5 +136,4 @@ def test_waiting_for_a_pin_does_not_spin() -> None:
         await sim.finish(player)
 
     sim.loop.most_turns = 20_000
-    sim.loop.run(main())
-    sim.close()
+    sim.play(main())

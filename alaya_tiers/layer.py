@@ -1,0 +1,152 @@
+"""The KV of one layer: which blocks, in which order, for each sequence of the batch."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from alaya_tiers.attention import write_rows
+from alaya_tiers.blocks import BlockShape
+from alaya_tiers.engine import Engine
+from alaya_tiers.ledger import Ids
+
+
+class Row:
+    """One sequence of a layer: the first block id of each run of tokens, oldest first."""
+
+    def __init__(self, stream: int, first: npt.NDArray[np.int64] | None = None) -> None:
+        self.stream = stream
+        self._first = np.empty(16, np.int64) if first is None else first.copy()
+        self.runs = 0 if first is None else first.size
+
+    @property
+    def first(self) -> npt.NDArray[np.int64]:
+        """int64 [runs]."""
+        return self._first[: self.runs]
+
+    def append(self, first: int) -> None:
+        """One more run."""
+        if self.runs == self._first.size:
+            self._first = np.append(self._first, np.empty(max(16, self.runs), np.int64))
+        self._first[self.runs] = first
+        self.runs += 1
+
+
+class Layer:
+    """The KV of one layer: as many rows as the batch has sequences, all of the same length."""
+
+    def __init__(self, engine: Engine, number: int, shape: BlockShape, rows: int) -> None:
+        self.engine, self.number, self.shape = engine, number, shape
+        self.length = 0
+        self.rows = [Row(engine.new_stream()) for _ in range(rows)]
+
+    def ids(self, first: npt.NDArray[np.int64]) -> Ids:
+        """Block ids of runs, [kv_heads, runs]."""
+        return first + np.arange(self.shape.geometry.kv_heads)[:, None]
+
+    def append(self, k: Tensor, v: Tensor) -> None:
+        """Add tokens to every row. k: [rows, kv_heads, n, k_dim], v: [rows, kv_heads, n, v_dim].
+
+        All or nothing: on an error the layer is as it was.
+        """
+        try:
+            for row, k_row, v_row in zip(self.rows, k, v, strict=True):
+                self._append(row, k_row, v_row)
+        except BaseException:
+            self._trim()
+            raise
+        self.length += k.shape[2]
+
+    def crop(self, length: int) -> None:
+        """Forget all tokens from ``length`` on."""
+        self.length = length
+        self._trim()
+
+    def select(self, indices: Sequence[int]) -> None:
+        """The batch becomes rows ``indices`` of the old one; rows may repeat. Blocks are shared, none is copied."""
+        old = self.rows
+        first_use = {i: n for n, i in reversed(list(enumerate(indices)))}
+        self.rows = [old[i] if first_use[i] == n else self._share(old[i]) for n, i in enumerate(indices)]
+        for i, row in enumerate(old):
+            if i not in first_use:
+                self._release(row, 0)
+
+    def fork(self) -> "Layer":
+        """The same rows again, sharing all blocks."""
+        other = Layer(self.engine, self.number, self.shape, 0)
+        other.length, other.rows = self.length, [self._share(row) for row in self.rows]
+        return other
+
+    def clear(self) -> None:
+        """Let go of all blocks."""
+        self.crop(0)
+
+    def _append(self, row: Row, k: Tensor, v: Tensor) -> None:
+        size = self.shape.tokens
+        mover, done, n = self.engine.mover, 0, k.shape[1]
+        while done < n:
+            offset = (self.length + done) % size
+            ids = self._open(row, self.length + done, offset)
+            take = min(size - offset, n - done)
+            self._write(ids, offset, k[:, done : done + take], v[:, done : done + take])
+            done += take
+            if offset + take == size:
+                with mover.lock:
+                    mover.ledger.seal(ids)
+
+    def _write(self, ids: Ids, offset: int, k: Tensor, v: Tensor) -> None:
+        """Put rows into open blocks, from row ``offset`` on. k, v: [kv_heads, n, dim]."""
+        g = self.shape.geometry
+        if self.engine.mover.device.on_cpu:
+            write_rows(k, v, self.engine.addresses(ids) + offset * g.row_bytes)
+            return
+        for head, block in enumerate(ids.tolist()):
+            rows = self.rows_of(block)[offset : offset + k.shape[1]]
+            rows[:, : g.k_dim], rows[:, g.k_dim :] = k[head], v[head]
+
+    def rows_of(self, block: int) -> Tensor:
+        """A pinned or open block as a tensor [block_tokens, k_dim + v_dim]."""
+        g = self.shape.geometry
+        return self.engine.tensor(block)[: self.shape.nbytes].view(g.dtype).view(-1, g.width)
+
+    def _open(self, row: Row, position: int, offset: int) -> Ids:
+        """The open blocks that hold ``position``, belonging to this row alone."""
+        engine, heads, book = self.engine, self.shape.geometry.kv_heads, self.engine.mover.ledger
+        run = position // self.shape.tokens
+        if run == row.runs:
+            row.append(engine.open_blocks(self.number, row.stream, position, heads))
+            return self.ids(row.first[run:]).ravel()
+        old = self.ids(row.first[run:]).ravel()
+        if not book.sealed[old[0]] and book.refs[old[0]] == 1:
+            return old
+        row.stream = engine.new_stream()  # shared with another row, or sealed before a crop: go on in a copy
+        first = engine.open_blocks(self.number, row.stream, position - offset, heads)
+        new = np.arange(first, first + heads)
+        try:
+            engine.copy_rows(old, new, offset * self.shape.geometry.row_bytes)
+        except BaseException:
+            engine.release(new)
+            raise
+        row.first[run] = first
+        engine.release(old)
+        return new
+
+    def _trim(self) -> None:
+        """Drop the runs beyond ``length``; a row that loses a sealed block goes on under another stream name."""
+        for row in self.rows:
+            self._release(row, -(-self.length // self.shape.tokens))
+
+    def _release(self, row: Row, keep: int) -> None:
+        if row.runs <= keep:
+            return
+        ids = self.ids(row.first[keep:]).ravel()
+        row.runs = keep
+        row.stream = self.engine.new_stream()
+        self.engine.release(ids)
+
+    def _share(self, row: Row) -> Row:
+        ids = self.ids(row.first).ravel()
+        with self.engine.mover.lock:
+            self.engine.mover.ledger.retain(ids)
+        return Row(self.engine.new_stream(), row.first)

@@ -1,0 +1,287 @@
+"""The benchmark runs tiny here: that it compares equals and counts right, never how fast anything is."""
+
+import errno
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from typer.testing import CliRunner
+
+from alaya_tiers.errors import ConfigError
+from alaya_tiers.tools import bench, machine
+from alaya_tiers.tools.baselines import (
+    COMPETITORS,
+    RAM,
+    REFERENCE,
+    SSD,
+    Case,
+    Competitor,
+    Context,
+    Measured,
+    Pace,
+    Shape,
+    build_model,
+    in_place,
+)
+from alaya_tiers.tools.bench import Bench, Report, parse_contexts, run
+
+TINY = Shape(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16)
+SIZES = ("--layers", "2", "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16")
+TOKENS = 4096 + 128
+MIB = 1 << 20
+
+
+def tiny(directory: Path, dtype: str = "fp32", contexts: tuple[int, ...] = (TOKENS,)) -> Bench:
+    shape = Shape(TINY.layers, TINY.hidden, TINY.heads, TINY.kv_heads, TINY.head_dim, dtype)
+    pace = Pace(steps=3, least=3, seconds=0)
+    return Bench(
+        shape=shape, contexts=contexts, pace=pace, directory=str(directory), memory_bytes=MIB, disk_bytes=8 * MIB
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    return run(tiny(tmp_path_factory.mktemp("bench"), contexts=(300, TOKENS)))
+
+
+def test_every_cache_gives_the_same_logits(report: Report) -> None:
+    for row in report.rows:
+        assert [m.name for m in row.measured] == [c.name for c in COMPETITORS]
+        for m in row.measured:
+            assert m.logits.shape == (4, 512)
+            assert m.differs is not None
+            assert m.differs < 1e-4, f"{m.name} at {row.tokens} tokens"
+
+
+def test_bf16_agrees_to_its_precision(tmp_path: Path) -> None:
+    for m in run(tiny(tmp_path, "bf16", (1100,))).rows[0].measured:
+        assert m.differs is not None
+        assert m.differs < 0.05, m.name
+
+
+class Forgetful(DynamicCache):
+    """Loses some tokens in the middle of layer 1."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any) -> tuple[Tensor, Tensor]:
+        if layer_idx == 1 and key_states.shape[2] > 1000:
+            value_states = value_states.clone()
+            value_states[:, :, 500:756] = 0
+        return super().update(key_states, value_states, layer_idx)
+
+
+def test_a_cache_that_loses_one_block_is_noticed(tmp_path: Path) -> None:
+    broken = Competitor("forgetful", "sdpa", lambda c: Forgetful(config=c.config), lambda c: 0, whole=True)
+    found = run(tiny(tmp_path), competitors=(COMPETITORS[0], broken)).rows[0]
+    assert (found.measured[1].differs or 0) > 1e-3
+
+
+def test_bytes_are_those_of_the_context(report: Report) -> None:
+    row = report.rows[1]
+    assert report.bench.shape.token_bytes == 2 * 2 * 2 * 16 * 4
+    assert row.kv_bytes == TOKENS * 512
+    assert report.limit(row) == pytest.approx(row.kv_bytes / report.memory.best)
+    ours = row.of(SSD)
+    assert ours is not None
+    assert ours.ssd is not None
+    ssd = ours.ssd
+    assert ssd["host_budget"] == row.kv_bytes // 4
+    case = Case(TINY, TINY.config(TOKENS), TOKENS, TOKENS + 4, Path())
+    assert case.run_bytes == 256 * 512
+    assert sum(ssd["touched_bytes"].values()) == 17 * case.run_bytes  # every block once a step, the open one too
+    assert ssd["touched_bytes"]["ahead"] + ssd["touched_bytes"]["waited"] >= ssd["least_read_bytes"] > 0
+    assert ssd["read_bytes"] > 0
+    assert 0 <= ssd["io_hidden"] <= 1
+    assert 0 < ssd["hit_rate"] < 1
+
+
+def test_nothing_is_read_from_disk_when_all_fits(report: Report) -> None:
+    ours = report.rows[1].of(RAM)
+    assert ours is not None
+    assert ours.ssd is None
+    assert len(ours.attention) == 3
+
+
+def test_the_report_is_json_with_every_step(report: Report) -> None:
+    data = json.loads(json.dumps(report.as_dict()))
+    assert {"cpu", "cores", "threads", "ram_bytes", "torch", "transformers"} <= set(data["machine"])
+    assert data["settings"]["shape"]["layers"] == 2
+    assert [row["tokens"] for row in data["rows"]] == [300, TOKENS]
+    for competitor in data["rows"][1]["competitors"]:
+        assert len(competitor["steps"]) == 3
+        assert competitor["best"] == min(competitor["steps"]) > 0
+        assert competitor["best"] <= competitor["median"] <= competitor["p90"]
+        assert competitor["speed_up"] > 0
+    assert data["rows"][1]["competitors"][0]["speed_up"] == 1
+    floors = data["rows"][1]["floors"]
+    assert floors["speed_up"]["passed"] is None  # asked for from 32K tokens on
+    assert floors["attention_share"]["passed"] in (True, False)
+
+
+def test_what_does_not_fit_is_skipped_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_ram", lambda: 0)
+    report = run(tiny(tmp_path, contexts=(300,)))
+    assert all("of RAM, 0 B are free" in (m.skipped or "") for m in report.rows[0].measured)
+    assert report.rows[0].of(REFERENCE) is None
+    data = report.as_dict()["rows"][0]
+    assert "skipped" in data["competitors"][0]
+    assert data["floors"]["speed_up"] == {"value": None, "floor": 5.0, "passed": None}
+    assert len(bench.tables(report)) == 3
+
+
+def test_the_context_is_the_same_however_it_is_asked_for() -> None:
+    context = Context(TINY)
+    k, v = context.kv(1, 0, 9000)
+    k_tail, v_tail = context.kv(1, 4096, 4904)
+    assert torch.equal(k[:, :, 4096:], k_tail)
+    assert torch.equal(v[:, :, 4096:], v_tail)
+    assert not torch.equal(k, v)
+    assert k.std() == pytest.approx(1, abs=0.05)
+    rows = torch.cat([k[0].flatten(0, 1), v[0].flatten(0, 1)])
+    assert len({row.tobytes() for row in rows.numpy()}) == len(rows)  # no token twice
+
+
+def test_the_dense_cache_in_place_is_dynamic_cache_without_copies() -> None:
+    ours, theirs = in_place(1, 20), DynamicCache()
+    addresses = set()
+    for n in (7, 1, 1):
+        k, v = torch.randn(2, 1, 2, n, 4)
+        for mine, other in zip(ours.update(k, v, 0), theirs.update(k, v, 0), strict=True):
+            assert torch.equal(mine, other)
+        addresses.add(ours.layers[0].keys.data_ptr())  # type: ignore[union-attr]
+    assert len(addresses) == 1
+    assert ours.get_seq_length() == 9
+
+
+def test_the_model_is_the_same_every_time_and_leaves_chance_alone() -> None:
+    state = torch.get_rng_state()
+    one, other = build_model(TINY, 100), build_model(TINY, 100)
+    assert torch.equal(torch.get_rng_state(), state)
+    for a, b in zip(one.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_run_stops_by_steps_or_by_time() -> None:
+    assert not Pace(3, 1, 10.0).enough([])
+    assert not Pace(3, 1, 10.0).enough([99.0, 1.0, 1.0])  # the warm-up counts for nothing
+    assert Pace(3, 1, 10.0).enough([0.0, 1.0, 1.0, 1.0])
+    assert Pace(9, 2, 1.0).enough([0.0, 1.0, 1.0])
+    assert not Pace(9, 3, 1.0).enough([0.0, 1.0, 1.0])
+
+
+def test_percentiles() -> None:
+    m = Measured("x", steps=[float(i) for i in range(1, 11)])
+    assert (m.best, m.median, m.p90) == (1.0, 5.5, 9.0)
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("8K", (8192,)), ("300, 1k,2M", (300, 1024, 2 << 20))])
+def test_context_lengths_are_read(text: str, tokens: tuple[int, ...]) -> None:
+    assert parse_contexts(text) == tokens
+
+
+def test_nonsense_is_refused() -> None:
+    for text in ("", "8X", "K", "1.5K"):
+        with pytest.raises(ConfigError, match="context lengths"):
+            parse_contexts(text)
+    with pytest.raises(ConfigError, match="multiple"):
+        Shape(heads=3, kv_heads=2)
+    with pytest.raises(ConfigError, match="fp32, bf16"):
+        Shape(dtype="int8")
+    with pytest.raises(ConfigError, match="positive"):
+        Bench(contexts=(0,))
+
+
+class TestMachine:
+    def test_memory_is_read_in_every_way(self) -> None:
+        found = machine.memory_bandwidth(machine.memory_buffer(MIB), rounds=2)
+        assert len(found.methods) == 4
+        assert found.best == found.methods[found.method] > 0
+
+    def test_the_better_measurement_counts(self) -> None:
+        both = machine.Bandwidth({"a": 1.0, "b": 3.0}).merged(machine.Bandwidth({"a": 2.0, "c": 1.0}))
+        assert both.methods == {"a": 2.0, "b": 3.0, "c": 1.0}
+        assert (both.method, both.best) == ("b", 3.0)
+
+    def test_the_disk_is_read_past_the_page_cache_where_it_can(self, tmp_path: Path) -> None:
+        with machine.disk_file(tmp_path, 8 * MIB) as file:
+            assert file.path.stat().st_size == 8 * MIB
+            assert machine.disk_bandwidth(file, 8 * MIB).best > 0
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_file_system_without_direct_io_is_read_buffered(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real = os.open
+
+        def refuses(path: Any, flags: int, mode: int = 0o777, **kwargs: Any) -> int:
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "no O_DIRECT here")
+            return real(path, flags, mode, **kwargs)
+
+        monkeypatch.setattr(os, "open", refuses)
+        with machine.disk_file(tmp_path, 4 * MIB) as file:
+            assert not file.direct
+            assert machine.disk_bandwidth(file, 4 * MIB).best > 0
+
+    def test_fio_is_asked_where_it_is_installed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        fio = tmp_path / "bin" / "fio"
+        fio.parent.mkdir()
+        fio.write_text('#!/bin/sh\necho \'{"jobs": [{"read": {"bw_bytes": 1e15}}]}\'\n')
+        fio.chmod(0o700)
+        monkeypatch.setenv("PATH", str(fio.parent), prepend=os.pathsep)
+        with machine.disk_file(tmp_path, 4 * MIB) as file:
+            found = machine.disk_bandwidth(file, 4 * MIB)
+        assert (found.best, found.method) == (1e15, "fio 256 KiB x 4")
+
+    def test_facts_about_this_process(self) -> None:
+        before = machine.CpuUse.now()
+        assert machine.available_ram() > 0
+        assert machine.peak_rss() > 10 * MIB
+        assert 0 <= machine.CpuUse.now().others_since(before) <= 1
+
+
+class TestCommand:
+    def test_json_goes_to_stdout_and_the_tables_elsewhere(self, tmp_path: Path) -> None:
+        command = ["decode", "--quick", "--contexts", "300", *SIZES, "--dir", str(tmp_path), "--json", "-"]
+        result = CliRunner().invoke(bench.app, command)
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout)["rows"][0]["tokens"] == 300
+        assert list(tmp_path.iterdir()) == []
+        assert "exact decode" in result.stderr
+
+    def test_json_goes_to_a_file_and_the_tables_to_stdout(self, tmp_path: Path) -> None:
+        file = tmp_path / "found.json"
+        command = ["decode", "--quick", "--contexts", "1K", *SIZES, "--dir", str(tmp_path), "--json", str(file)]
+        result = CliRunner().invoke(bench.app, command)
+        assert result.exit_code == 0, result.output
+        assert json.loads(file.read_text())["rows"][0]["kv_bytes"] == 1024 * 512
+        assert "floors" in result.stdout
+
+    @pytest.mark.parametrize(
+        "wrong",
+        [
+            ["--contexts", "many"],
+            ["--heads", "3"],
+            ["--steps", "0"],
+            ["--dtype", "int8"],
+            pytest.param(
+                ["--plot", "a.png"],
+                marks=pytest.mark.skipif(bool(importlib.util.find_spec("matplotlib")), reason="matplotlib is there"),
+            ),
+        ],
+    )
+    def test_wrong_options_are_one_line_and_exit_code_2(self, wrong: list[str]) -> None:
+        result = CliRunner().invoke(bench.app, ["decode", "--quick", *SIZES, *wrong])
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: ")
+        assert result.stderr.count("\n") == 1
+
+    def test_a_directory_that_is_not_there_is_an_error(self, tmp_path: Path) -> None:
+        result = CliRunner().invoke(bench.app, ["decode", "--quick", *SIZES, "--dir", str(tmp_path / "missing")])
+        assert result.exit_code == 1
+        assert "missing" in result.stderr
