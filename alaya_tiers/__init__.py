@@ -6,7 +6,17 @@ model.generate(**inputs, past_key_values=cache)
 
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, StoreError
-from alaya_tiers.hf import AlayaCache, GatheredWarning
+from alaya_tiers.hf import AlayaCache, GatheredWarning, attach, generate
 from alaya_tiers.stats import Stats
 
-__all__ = ["AlayaCache", "AlayaError", "BudgetTooSmall", "GatheredWarning", "Settings", "Stats", "StoreError"]
+__all__ = [
+    "AlayaCache",
+    "AlayaError",
+    "BudgetTooSmall",
+    "GatheredWarning",
+    "Settings",
+    "Stats",
+    "StoreError",
+    "attach",
+    "generate",
+]

@@ -84,24 +84,29 @@ class Session:
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        *,
+        latent: bool = False,
     ) -> Tensor:
         """Exact attention. q: [rows, query_heads, n, k_dim]; visible: one for each row; sinks: [query_heads] logits.
 
-        Returns [rows, query_heads, n, v_dim] in q's dtype. Raises StoreError; the session is unchanged then.
+        latent: queries are compared with the whole row [k | v] (q: [..., k_dim + v_dim]) and k is what is summed: in MLA
+        k is the latent, v the rotary key. Returns [rows, query_heads, n, v_dim] in q's dtype. Raises StoreError; the
+        session is unchanged then.
         """
         state = self.layers[layer]
         with self.engine.mover.lock:
             self.engine.mover.ledger.begin_pass(layer)
         g = state.shape.geometry
         rows, heads, n, _ = q.shape
-        out = q.new_empty(rows, heads, n, g.v_dim)
+        v_dim = g.k_dim if latent else g.v_dim
+        out = q.new_empty(rows, heads, n, v_dim)
         for r, row in enumerate(state.rows):
             grouped = q[r].reshape(g.kv_heads, heads // g.kv_heads * n, -1)
-            parts = list(self._partials(state, row, grouped, visible[r], scale, softcap))
-            part = merge(parts) if parts else _nothing(grouped, g.v_dim)
+            parts = list(self._partials(state, row, grouped, visible[r], scale, softcap, latent=latent))
+            part = merge(parts) if parts else _nothing(grouped, v_dim)
             if sinks is not None:
                 part = with_sinks(part, sinks.view(g.kv_heads, -1, 1).expand(-1, -1, n).reshape(g.kv_heads, -1))
-            out[r] = part.out.view(heads, n, g.v_dim)
+            out[r] = part.out.view(heads, n, v_dim)
         return out
 
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -194,21 +199,30 @@ class Session:
         return state
 
     def _partials(
-        self, state: Layer, row: Row, q: Tensor, visible: Visible, scale: float, softcap: float | None
+        self,
+        state: Layer,
+        row: Row,
+        q: Tensor,
+        visible: Visible,
+        scale: float,
+        softcap: float | None,
+        *,
+        latent: bool,
     ) -> Iterator[Partial]:
         """Attention over one batch of readable blocks after the other. q: [kv_heads, rows, k_dim]."""
         if not visible.lo.size:
             return
         group = q.shape[1] // visible.lo.size
-        few = q.shape[1] <= FEW_ROWS and visible.extra is None
+        few = q.shape[1] <= FEW_ROWS and visible.extra is None and not latent
         lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
         for piece in self._pieces(state, row, int(lo.min()), int(hi.max())):
             if few and isinstance(piece, BlockList):
                 yield attend_blocks(q, piece, scale, lo, hi, softcap)
                 continue
-            for k, v, positions, cut in tiles(piece, visible) if isinstance(piece, BlockList) else [piece]:
-                mask = mask_of(positions, visible, group, k.shape[0], cut=cut)
+            for tile in tiles(piece, visible) if isinstance(piece, BlockList) else [piece]:
+                mask = mask_of(tile.positions, visible, group, q.shape[0], cut=tile.cut)
                 mask = mask if mask is None else mask.to(q.device)
+                k, v = (tile.rows, tile.k) if latent else (tile.k, tile.v)
                 yield attend_dense(q, k.to(q.device), v.to(q.device), scale, mask, softcap)
 
     def _pieces(self, state: Layer, row: Row, lo: int, hi: int) -> Iterator["BlockList | Gathered"]:
@@ -267,5 +281,4 @@ def _gathered(state: Layer, ids: Ids, starts: npt.NDArray[np.int32], counts: npt
             for of_head in ids.tolist()
         ]
     )
-    k_dim = state.shape.geometry.k_dim
-    return Gathered(rows[..., :k_dim], rows[..., k_dim:], positions_of(starts, counts), True)
+    return Gathered(rows, state.shape.geometry.k_dim, positions_of(starts, counts), True)

@@ -46,12 +46,22 @@ class Visible:
 
 
 class Gathered(NamedTuple):
-    """KV copied together. k, v: [kv_heads, n, dim]; positions: int64 [n]; cut: some query does not see all of it."""
+    """KV copied together. rows: [kv_heads, n, k_dim + v_dim]; positions: int64 [n]; cut: not all is seen by all."""
 
-    k: Tensor
-    v: Tensor
+    rows: Tensor
+    k_dim: int
     positions: Tensor
     cut: bool
+
+    @property
+    def k(self) -> Tensor:
+        """[kv_heads, n, k_dim]."""
+        return self.rows[..., : self.k_dim]
+
+    @property
+    def v(self) -> Tensor:
+        """[kv_heads, n, v_dim]."""
+        return self.rows[..., self.k_dim :]
 
 
 def positions_of(starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> Tensor:
@@ -77,8 +87,9 @@ def tiles(blocks: BlockList, visible: Visible) -> Iterator[Gathered]:
                 starts=ends_here - counts,
                 counts=counts,
             )
-            k, v = gather(packed, 0, int(ends_here[-1]))
-            yield Gathered(k, v, positions_of(blocks.starts[some], counts), cut)
+            k, _ = gather(packed, 0, int(ends_here[-1]))
+            rows = k.as_strided((*k.shape[:2], blocks.k_dim + blocks.v_dim), k.stride())
+            yield Gathered(rows, blocks.k_dim, positions_of(blocks.starts[some], counts), cut)
 
 
 def mask_of(positions: Tensor, visible: Visible, group: int, heads: int, *, cut: bool) -> Tensor | None:

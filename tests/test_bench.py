@@ -134,12 +134,18 @@ def test_what_does_not_fit_is_skipped_and_said(tmp_path: Path, monkeypatch: pyte
     assert len(bench.tables(report)) == 3
 
 
+def test_a_busy_machine_is_said_beside_the_verdicts(report: Report) -> None:
+    report.cpu_of_others = 0.5
+    assert "Others took 50%" in str(bench.tables(report)[-1].caption)
+    report.cpu_of_others = 0.01
+    assert bench.tables(report)[-1].caption is None
+
+
 def test_the_context_is_the_same_however_it_is_asked_for() -> None:
-    context = Context(TINY)
-    k, v = context.kv(1, 0, 9000)
-    k_tail, v_tail = context.kv(1, 4096, 4904)
-    assert torch.equal(k[:, :, 4096:], k_tail)
-    assert torch.equal(v[:, :, 4096:], v_tail)
+    context, (k, v), tail = Context(TINY), (whole := torch.empty(2, 1, 2, 9000, 16)), torch.empty(2, 1, 2, 4904, 16)
+    context.write(whole, 1, 0)
+    context.write(tail, 1, 4096)
+    assert torch.equal(whole[:, :, :, 4096:], tail)
     assert not torch.equal(k, v)
     assert k.std() == pytest.approx(1, abs=0.05)
     rows = torch.cat([k[0].flatten(0, 1), v[0].flatten(0, 1)])

@@ -1,6 +1,7 @@
 """The command line: what it prints, where, and how it ends."""
 
 import json
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,9 +45,10 @@ def commands(group: Any, *before: str) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("words", commands(get_command(cli.app)), ids=" ".join)
 def test_every_help_has_an_example(words: tuple[str, ...]) -> None:
-    result = call(*words, "--help")
-    assert result.exit_code == 0
-    assert "Example" in result.stdout
+    """Its own, or that of the group it is in."""
+    results = [call(*words[:count], "--help") for count in range(min(1, len(words)), len(words) + 1)]
+    assert [result.exit_code for result in results] == [0] * len(results)
+    assert any("Example" in result.stdout for result in results)
 
 
 def test_the_version_is_that_of_the_package() -> None:
@@ -72,6 +74,14 @@ def test_the_demo_prints_answers_tiers_and_a_verdict(
     assert "2 of 2 continuations exact; identical to DynamicCache: 2 of 2." in " ".join(result.stdout.split())
     assert max(map(len, result.stdout.splitlines())) <= min(columns, cli.WIDEST)
     assert "\x1b" not in result.output
+
+
+def test_words_that_look_like_markup_are_shown(report: demo.Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    odd = replace(report.answers[0], continuation="raw[i:j] [/bold]", truth="raw[i:j] [/bold]", prompt="a [red] x[0]")
+    monkeypatch.setattr(demo, "run", lambda *arguments: replace(report, answers=(odd, *report.answers[1:])))
+    result = call(*SMALL)
+    assert result.stdout.count("raw[i:j] [/bold]") == 2
+    assert "…a [red] x[0]" in result.stdout
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What is compared: one model, one synthetic context, the caches that hold it, and one run of each."""
 
+import itertools
 import shutil
 import statistics
 import time
@@ -7,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,9 +80,6 @@ class Shape:
             max_position_embeddings=positions,
             tie_word_embeddings=False,
             dtype=DTYPES[self.dtype],
-            bos_token_id=None,
-            eos_token_id=None,
-            pad_token_id=None,
         )
 
 
@@ -94,11 +92,9 @@ def build_model(shape: Shape, positions: int) -> LlamaForCausalLM:
         torch.manual_seed(0)
         model: Any = LlamaForCausalLM(shape.config(positions))
         model.to(DTYPES[shape.dtype])
-    model.train(False).requires_grad_(False)
     for layer in model.model.layers:  # scores against unit normal keys get a standard deviation of 3
-        layer.self_attn.q_proj.weight.mul_(3.0 / (0.02 * shape.hidden**0.5))
-    random: LlamaForCausalLM = model
-    return random
+        layer.self_attn.q_proj.weight.data.mul_(3.0 / (0.02 * shape.hidden**0.5))
+    return cast(LlamaForCausalLM, model.train(False).requires_grad_(False))
 
 
 class Context:
@@ -108,23 +104,22 @@ class Context:
         self.shape = shape
         self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(1)).to(DTYPES[shape.dtype])
 
-    def kv(self, layer: int, start: int, tokens: int) -> tuple[Tensor, Tensor]:
-        """K and V, [1, kv_heads, tokens, head_dim], from position ``start``, a multiple of FILL_TOKENS."""
-        heads, width = self.shape.kv_heads, self.shape.head_dim
-        out = torch.empty(2, 1, heads, tokens, width, dtype=self._pool.dtype)
-        for first in range(0, tokens, FILL_TOKENS):
+    def write(self, out: Tensor, layer: int, start: int) -> None:
+        """K and V from position ``start``, a multiple of FILL_TOKENS, into ``out`` [2, 1, kv_heads, n, head_dim]."""
+        heads, tokens, width = out.shape[2:]
+        for first, i in itertools.product(range(0, tokens, FILL_TOKENS), range(2 * heads)):
             n = min(FILL_TOKENS, tokens - first)
-            for i, row in enumerate(out.view(2 * heads, tokens, width)):
-                at = ((layer * 2 * heads + i) * 1_000_003 + start + first) * 7919 % (_POOL - FILL_TOKENS * width)
-                row[first : first + n] = self._pool[at : at + n * width].view(n, width)
-        return out[0], out[1]
+            at = ((layer * 2 * heads + i) * 1_000_003 + start + first) * 7919 % (_POOL - FILL_TOKENS * width)
+            out[i // heads, 0, i % heads, first : first + n] = self._pool[at : at + n * width].view(n, width)
 
     def fill(self, cache: Cache, tokens: int, *, whole: bool = False) -> None:
         """Put the first ``tokens`` tokens into every layer; ``whole``: in one update (a cache that concatenates)."""
-        step = tokens if whole else FILL_TOKENS
-        for layer in range(self.shape.layers):
-            for start in range(0, tokens, step):
-                cache.update(*self.kv(layer, start, min(step, tokens - start)), layer)
+        step = tokens if whole else min(tokens, FILL_TOKENS)
+        chunk = torch.empty(2, 1, self.shape.kv_heads, step, self.shape.head_dim, dtype=self._pool.dtype)
+        for layer, start in itertools.product(range(self.shape.layers), range(0, tokens, step)):
+            k, v = part = chunk[:, :, :, : tokens - start]  # one buffer: many would leave holes in the heap
+            self.write(part, layer, start)
+            cache.update(k, v, layer)
 
 
 class InPlaceLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]

@@ -53,6 +53,9 @@ SPEED_FLOOR, SPEED_FROM = 5.0, 32 << 10
 LIMIT_FLOOR = 0.3
 """Our exact attention: share of the speed of reading the KV once."""
 
+BUSY = 0.1
+"""Share of the cores that others may take before the verdicts say nothing any more."""
+
 Say = Callable[[str], None]
 
 
@@ -269,6 +272,9 @@ def _floor_table(report: Report) -> Table:
             value = "not run" if floor["value"] is None else f"{floor['value']:.2f}"
             verdict = {True: "PASS", False: "below", None: "-"}[floor["passed"]]
             table.add_row(f"{row.tokens:,}", words[name], value, f"{floor['floor']:g}", verdict)
+    if report.cpu_of_others > BUSY:
+        busy = f"Others took {report.cpu_of_others:.0%} of the cores: speeds and limits are both too low, by unlike shares."
+        table.caption, table.caption_justify = f"{busy} Repeat on a quiet machine.", "left"
     return table
 
 

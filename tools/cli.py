@@ -21,6 +21,7 @@ from typer.core import TyperGroup
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import AlayaError
 from alaya_tiers.stats import Stats
+from alaya_tiers.tools import bench
 from alaya_tiers.tools import demo as demos
 
 CANCELLED, FAILED, DIFFERS = 130, 2, 1
@@ -47,7 +48,8 @@ class Commands(TyperGroup):
 
 
 app = typer.Typer(name="alaya-tiers", cls=Commands, no_args_is_help=True, add_completion=False)
-# Commands with subcommands of their own go here: app.add_typer(bench.app, name="bench")
+# Commands with subcommands of their own go here.
+app.add_typer(bench.app, name="bench", epilog="Example: [bold]alaya-tiers bench decode --quick[/bold]")
 
 
 def show_version(wanted: bool) -> None:
@@ -261,7 +263,7 @@ def answer_table(answers: tuple[demos.Answer, ...]) -> Table:
         mark = Text("✓", "green") if right else Text("✗", "bold red")
         truth = [Text(one_line(answer.truth or ""), "dim")] if known else []
         tail = Text("…" + one_line(answer.prompt)[-36:], "dim")
-        table.add_row(f"{answer.start:,}", tail, one_line(answer.continuation), *truth, mark)
+        table.add_row(f"{answer.start:,}", tail, Text(one_line(answer.continuation)), *truth, mark)
     return table
 
 
@@ -313,7 +315,8 @@ def process_line(report: demos.Report) -> str:
     grown = format_bytes(report.rss_peak_bytes - report.rss_bytes)
     return (
         f"The process took {format_bytes(report.rss_bytes)} with Python, torch and the model, and at most {grown} more "
-        f"while it worked: {format_bytes(report.memory_bytes)} of KV, the rest scratch of the forward pass."
+        f"while it worked: {format_bytes(report.memory_bytes)} of KV, the rest working memory of the forward pass, "
+        "which a smaller --chunk makes smaller."
     )
 
 

@@ -18,6 +18,7 @@ if not LOWEST <= _found < BELOW:
 
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 
+from alaya_tiers.hf.attach import attach, generate  # noqa: E402
 from alaya_tiers.hf.attention import alaya_attention_forward  # noqa: E402
 from alaya_tiers.hf.cache import AlayaCache, AlayaLayer  # noqa: E402
 from alaya_tiers.hf.handles import GatheredWarning, KVHandle  # noqa: E402
@@ -26,4 +27,13 @@ from alaya_tiers.hf.masks import alaya_mask  # noqa: E402
 AttentionInterface.register("alaya", alaya_attention_forward)
 AttentionMaskInterface.register("alaya", alaya_mask)
 
-__all__ = ["AlayaCache", "AlayaLayer", "GatheredWarning", "KVHandle", "alaya_attention_forward", "alaya_mask"]
+__all__ = [
+    "AlayaCache",
+    "AlayaLayer",
+    "GatheredWarning",
+    "KVHandle",
+    "alaya_attention_forward",
+    "alaya_mask",
+    "attach",
+    "generate",
+]

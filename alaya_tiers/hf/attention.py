@@ -68,8 +68,26 @@ def _over_tiers(
     if (bias := kwargs.get("position_bias")) is not None:
         visible = _biased(visible, bias)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if handle.shape[-1] == getattr(module, "kv_lora_rank", None):
+        return _over_latents(module, query, handle, visible, scale)
     out = handle.layer.attend(query, visible, scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     return out.transpose(1, 2).contiguous()
+
+
+def _over_latents(
+    module: Any, query: Tensor, handle: KVHandle, visible: Callable[[int], Visible], scale: float
+) -> Tensor:
+    """MLA in latent space: the expansion of keys is moved into the query, that of values behind the sum.
+
+    The cache holds (latent [kv_lora_rank], rotary key) for one head; no latent is ever expanded. Source: DeepSeek-V2
+    (arXiv 2405.04434), 2.1.2.
+    """
+    weight = module.kv_b_proj.weight.view(query.shape[1], -1, module.kv_lora_rank)
+    nope = module.qk_nope_head_dim
+    q_nope, q_rotary = query[..., :nope], query[..., nope:]
+    q = torch.cat([torch.einsum("bhqd,hdr->bhqr", q_nope, weight[:, :nope]), q_rotary], -1)
+    out = handle.layer.attend(q, visible, scale, latent=True)
+    return torch.einsum("bhqr,hvr->bqhv", out, weight[:, nope:]).contiguous()
 
 
 def _biased(visible: Callable[[int], Visible], bias: Tensor) -> Callable[[int], Visible]:

@@ -9,13 +9,14 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicIndexedLayer, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.config import Settings
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import AlayaError, InputError, SessionClosed
 from alaya_tiers.hf.handles import KVHandle
+from alaya_tiers.hf.switch import Switched
 from alaya_tiers.stats import Stats
 from alaya_tiers.store import Model
 
@@ -57,12 +58,14 @@ class AlayaLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        *,
+        latent: bool = False,
     ) -> Tensor:
         """Exact attention; see TieredLayer."""
         try:
             with torch.no_grad():
                 rows = [visible(r) for r in range(query.shape[0])]
-                return self.session.attention(self.number, query, rows, scale, softcap, sinks)
+                return self.session.attention(self.number, query, rows, scale, softcap, sinks, latent=latent)
         except AlayaError:
             self.session.on_failure(self.before)
             raise
@@ -203,9 +206,7 @@ class AlayaCache(DynamicCache):
     @classmethod
     def for_model(cls, model: PreTrainedModel, **settings: Any) -> Self:
         """A cache for this model, which is switched to the "alaya" attention where its code allows that."""
-        own_sparse = any(isinstance(layer, DynamicIndexedLayer) for layer in DynamicCache(config=model.config).layers)
-        if model._can_set_attn_implementation() and not own_sparse:
-            model.set_attn_implementation("alaya")
+        Switched(model)
         return cls(config=model.config, **settings)
 
     # ------------------------------------------------------------------ what is ours

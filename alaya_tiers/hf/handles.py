@@ -33,8 +33,10 @@ class TieredLayer(Protocol):
         scale: float,
         softcap: float | None = None,
         sinks: Tensor | None = None,
+        *,
+        latent: bool = False,
     ) -> Tensor:
-        """Attention of query [rows, query_heads, n, k_dim]; visible: by row."""
+        """Attention of query [rows, query_heads, n, k_dim]; visible: by row; latent: see Session.attention."""
         ...
 
 
