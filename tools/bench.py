@@ -273,7 +273,7 @@ def _floor_table(report: Report) -> Table:
             verdict = {True: "PASS", False: "below", None: "-"}[floor["passed"]]
             table.add_row(f"{row.tokens:,}", words[name], value, f"{floor['floor']:g}", verdict)
     if report.cpu_of_others > BUSY:
-        busy = f"Others took {report.cpu_of_others:.0%} of the cores: speeds and limits are both too low, by unlike shares."
+        busy = f"Others took {report.cpu_of_others:.0%} of the cores: speeds and limits are too low, unequally."
         table.caption, table.caption_justify = f"{busy} Repeat on a quiet machine.", "left"
     return table
 

@@ -1,6 +1,5 @@
 """Ways to use the cache without passing one: attach it to a model, or name it as the generation method."""
 
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
@@ -43,7 +42,7 @@ class attach:
 
     def _prepare(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         mine = generation_config.use_cache is not False and generation_config.cache_implementation in (None, "dynamic")
-        if mine and model_kwargs.get("past_key_values") is None and self.model._supports_default_dynamic_cache():
+        if mine and model_kwargs.get("past_key_values") is None and type(self.model)._supports_default_dynamic_cache():
             model_kwargs["past_key_values"] = _new_cache(self.model, self.settings)
         return self._original(generation_config, model_kwargs, *args, **kwargs)
 
