@@ -89,8 +89,9 @@ class Session:
     ) -> Tensor:
         """Exact attention. q: [rows, query_heads, n, k_dim]; visible: one for each row; sinks: [query_heads] logits.
 
-        latent: queries are compared with the whole row [k | v] (q: [..., k_dim + v_dim]) and k is summed: in MLA k is the latent, v the rotary key. Returns [rows, query_heads, n, v_dim] in q's dtype. Raises StoreError; the
-        session is unchanged then.
+        latent: queries are compared with the whole row [k | v] (q: [..., k_dim + v_dim]) and k is summed; in MLA k is
+        the latent, v the rotary key. Returns [rows, query_heads, n, v_dim] in q's dtype. Raises StoreError; the session
+        is unchanged then.
         """
         state = self.layers[layer]
         with self.engine.mover.lock:

@@ -73,7 +73,7 @@ class Settings:
     sink_tokens: int = 256
     dirty_limit: float = 0.5
     prefetch_share: float = 0.25
-    batch_bytes: int = 4 << 20
+    batch_bytes: int = 8 << 20
     io: IoMode = "auto"
     io_threads: int = 4
     eviction: str = "scan"

@@ -40,9 +40,13 @@ class attach:
     ) -> None:
         self.detach()
 
+    def _supports(self) -> bool:
+        model: Any = self.model
+        return bool(model._supports_default_dynamic_cache())
+
     def _prepare(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         mine = generation_config.use_cache is not False and generation_config.cache_implementation in (None, "dynamic")
-        if mine and model_kwargs.get("past_key_values") is None and type(self.model)._supports_default_dynamic_cache():
+        if mine and model_kwargs.get("past_key_values") is None and self._supports():
             model_kwargs["past_key_values"] = _new_cache(self.model, self.settings)
         return self._original(generation_config, model_kwargs, *args, **kwargs)
 

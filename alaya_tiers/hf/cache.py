@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.config import Settings
 from alaya_tiers.engine import Engine
-from alaya_tiers.errors import AlayaError, InputError, SessionClosed
+from alaya_tiers.errors import AlayaError, ConfigError, InputError, SessionClosed
 from alaya_tiers.hf.handles import KVHandle
 from alaya_tiers.hf.switch import Switched
 from alaya_tiers.stats import Stats
@@ -189,6 +189,10 @@ class AlayaCache(DynamicCache):
         max_tokens: int | str | None = "auto",
         **overrides: Any,
     ) -> None:
+        if isinstance(ddp_cache_data, PretrainedConfig | PreTrainedModel):
+            raise ConfigError(
+                "the first argument is KV data, as for DynamicCache: write AlayaCache(config=model.config)"
+            )
         base = settings if settings is not None else Settings()
         engine = Engine(base.replace(**overrides), None if path is None else os.fspath(path), _model(config))
         most = _positions(config) if max_tokens == "auto" else max_tokens
