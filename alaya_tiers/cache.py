@@ -1,7 +1,7 @@
 """A session: keys and values in, attention out. Knows nothing of any model library."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -35,8 +35,6 @@ class Session:
         self.engine, self.most_tokens = engine, most_tokens
         self.layers: dict[int, Layer] = {}
         self.gathered = self.gathered_bytes = 0
-        self.on_failure: Callable[[int], None] = lambda length: None
-        """Called with the length to go back to when attention fails in the middle of a step."""
         weakref.finalize(self, _let_go, self.layers, engine).atexit = False
 
     # ------------------------------------------------------------------ write
@@ -102,8 +100,10 @@ class Session:
         out = q.new_empty(rows, heads, n, v_dim)
         for r, row in enumerate(state.rows):
             grouped = q[r].reshape(g.kv_heads, heads // g.kv_heads * n, -1)
-            parts = list(self._partials(state, row, grouped, visible[r], scale, softcap, latent=latent))
-            part = merge(parts) if parts else _nothing(grouped, v_dim)
+            part: Partial | None = None
+            for more in self._partials(state, row, grouped, visible[r], scale, softcap, latent=latent):
+                part = more if part is None else merge((part, more))
+            part = _nothing(grouped, v_dim) if part is None else part
             if sinks is not None:
                 part = with_sinks(part, sinks.view(g.kv_heads, -1, 1).expand(-1, -1, n).reshape(g.kv_heads, -1))
             out[r] = part.out.view(heads, n, v_dim)

@@ -297,7 +297,13 @@ class Talk:
     heads, dim, layers = 2, 16, 2
 
     def __init__(self, path: str | os.PathLike[str] | None = None, **settings: Any) -> None:
-        base = {"device_budget": 8 * PAGE, "host_budget": 4 * PAGE, "block_tokens": 32, "segment_tokens": 64, "sink_tokens": 0}
+        base = {
+            "device_budget": 8 * PAGE,
+            "host_budget": 4 * PAGE,
+            "block_tokens": 32,
+            "segment_tokens": 64,
+            "sink_tokens": 0,
+        }
         self.session = Session(Engine(Settings(**(base | settings)), None if path is None else os.fspath(path)))
         self.kv: dict[int, Tensor] = {n: torch.empty(2, 1, self.heads, 0, self.dim) for n in range(self.layers)}
         self.made = torch.Generator().manual_seed(1)
@@ -363,7 +369,10 @@ def tmpfs(path: Path, nbytes: int) -> Iterator[Path]:
     """A file system of its own of ``nbytes``; skips where one cannot be mounted."""
     path.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(path)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", f"size={nbytes}", "tmpfs", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode:
         pytest.skip(f"cannot mount a tmpfs here: {mounted.stderr.strip()}")
@@ -621,7 +630,7 @@ def test_a_root_that_is_no_json_is_refused(tmp_path: Path, raw: bytes) -> None:
 def fits(layers: int, **budgets: int) -> BudgetTooSmall | None:
     """What a life under these budgets raises."""
     talk = Talk(**budgets)
-    talk.layers, talk.kv = layers, {n: talk.kv[0] for n in range(layers)}
+    talk.layers, talk.kv = layers, dict.fromkeys(range(layers), talk.kv[0])
     with talk:
         try:
             for _ in range(9):

@@ -365,3 +365,24 @@ def test_a_forgotten_cache_cleans_up_after_itself(model: LlamaForCausalLM) -> No
     del cache
     gc.collect()
     assert not path.exists()
+
+
+def test_a_dropped_fork_lets_go_at_once(model: LlamaForCausalLM) -> None:
+    """Without the help of the cyclic garbage collector: forks are made in loops, device slots are few."""
+    for config in (model.config, None):
+        with small_cache(model) as cache:
+            if config is None:
+                cache = AlayaCache(device_budget=8 * 4096, host_budget=32 * 4096, **SMALL)
+            for layer in range(3):
+                cache.update(torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16), layer)
+            gc.disable()
+            try:
+                for _ in range(5):
+                    fork = copy.deepcopy(cache)
+                    for layer in range(3):
+                        fork.update(torch.randn(1, 2, 20, 16), torch.randn(1, 2, 20, 16), layer)
+                    del fork
+            finally:
+                gc.enable()
+            assert cache.get_seq_length() == 20
+            cache.close()

@@ -1,8 +1,10 @@
 """The cache class: a session behind the interface transformers expects of a DynamicCache."""
 
 import copy
+import itertools
 import json
 import os
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self
 
@@ -26,8 +28,9 @@ class AlayaLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     is_compileable, is_sliding, is_croppable, supports_early_init = False, False, True, True
 
-    def __init__(self, session: Session, number: int) -> None:
+    def __init__(self, session: Session, number: int, undo: Callable[[int], None]) -> None:
         self.session, self.number = session, number
+        self._undo = undo
         self.version = 0
         self.before = 0
         """Length before the last update: where to go back to when a step fails."""
@@ -67,7 +70,7 @@ class AlayaLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 rows = [visible(r) for r in range(query.shape[0])]
                 return self.session.attention(self.number, query, rows, scale, softcap, sinks, latent=latent)
         except AlayaError:
-            self.session.on_failure(self.before)
+            self._undo(self.before)
             raise
 
     def gather(self, role: str) -> Tensor:
@@ -143,9 +146,9 @@ class AlayaLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._assign(self.keys if self.is_initialized else value, value)
 
     # ------------------------------------------------------------------ inside
-    def fork(self, session: Session) -> "AlayaLayer":
+    def fork(self, session: Session, undo: Callable[[int], None]) -> "AlayaLayer":
         """This layer in a forked session."""
-        other = AlayaLayer(session, self.number)
+        other = AlayaLayer(session, self.number, undo)
         other.dtype, other.device, other.is_initialized = self.dtype, self.device, self.is_initialized
         return other
 
@@ -197,13 +200,15 @@ class AlayaCache(DynamicCache):
         engine = Engine(base.replace(**overrides), None if path is None else os.fspath(path), _model(config))
         most = _positions(config) if max_tokens == "auto" else max_tokens
         assert most is None or isinstance(most, int)
-        self.session = Session(engine, most)
-        self._connect()
+        self.session, self._torn = Session(engine, most), False
+        undo = _weakly(self)
         if config is None:
-            Cache.__init__(self, layer_class_to_replicate=self._next_layer)  # type: ignore[arg-type]
+            Cache.__init__(self, layer_class_to_replicate=_layer_maker(self.session, undo, 0))  # type: ignore[arg-type]
         else:
             stock = DynamicCache(config=config).layers  # transformers decides which layer is what
-            Cache.__init__(self, layers=[self._tiered(i, layer) for i, layer in enumerate(stock)])
+            tiered = (type(layer) is DynamicLayer for layer in stock)
+            ours = [AlayaLayer(self.session, i, undo) if t else stock[i] for i, t in enumerate(tiered)]
+            Cache.__init__(self, layers=ours)
         for number, (keys, values, *_) in enumerate(ddp_cache_data or ()):
             self.update(keys, values, number)
 
@@ -257,28 +262,19 @@ class AlayaCache(DynamicCache):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = copy.copy(self)
         other.session = Session(self.session.engine, self.session.most_tokens)
-        other._connect()
+        undo = _weakly(other)
         for number in self.session.layers:
             other.session.layers[number] = self.session.fork(number)
         other.layers = [
-            layer.fork(other.session) if isinstance(layer, AlayaLayer) else copy.deepcopy(layer, memo)
+            layer.fork(other.session, undo) if isinstance(layer, AlayaLayer) else copy.deepcopy(layer, memo)
             for layer in self.layers
         ]
         if self.layer_class_to_replicate is not None:
-            other.layer_class_to_replicate = other._next_layer  # type: ignore[assignment]
+            maker = _layer_maker(other.session, undo, len(other.layers))
+            other.layer_class_to_replicate = maker  # type: ignore[assignment]
         return other
 
     # ------------------------------------------------------------------ inside
-    def _connect(self) -> None:
-        self._torn = False
-        self.session.on_failure = self._undo
-
-    def _tiered(self, number: int, layer: Any) -> Any:
-        return AlayaLayer(self.session, number) if type(layer) is DynamicLayer else layer
-
-    def _next_layer(self) -> AlayaLayer:
-        return AlayaLayer(self.session, len(self.layers))
-
     def _undo(self, length: int) -> None:
         """A step failed: go back to ``length`` tokens in every layer."""
         layers: list[Any] = self.layers
@@ -289,6 +285,23 @@ class AlayaCache(DynamicCache):
                     layer.crop(-excess)
             except Exception:  # a sliding window that already forgot the tokens before
                 self._torn = True
+
+
+def _weakly(cache: AlayaCache) -> Callable[[int], None]:
+    """The cache's undo, without keeping the cache alive: a dropped fork lets go of its blocks at once."""
+    method = weakref.WeakMethod(cache._undo)
+
+    def undo(length: int) -> None:
+        if (found := method()) is not None:
+            found(length)
+
+    return undo
+
+
+def _layer_maker(session: Session, undo: Callable[[int], None], first: int) -> Callable[[], AlayaLayer]:
+    """Makes the next layer each time it is called: for caches that know no config."""
+    numbers = itertools.count(first)
+    return lambda: AlayaLayer(session, next(numbers), undo)
 
 
 def _positions(config: PretrainedConfig | None) -> int | None:
