@@ -5,8 +5,7 @@
  * memory once. It leaves (acc, max, sum) per row; whoever finishes the last piece of a head merges the head.
  *
  * The middle of this file includes itself once per instruction set (VL floats to a vector), chosen at run time.
- * The threads are our own and sleep between calls; nobody waits for one that did not get a core in time. Why not
- * OpenMP: docs/decisions/001-compiled-kernel.md.
+ * Threads are torch's own where that is safe and fast, else a small pool: docs/decisions/001-compiled-kernel.md.
  */
 #ifndef VL
 #define _GNU_SOURCE
@@ -16,6 +15,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define X86 1
@@ -150,12 +150,15 @@ typedef struct batch {
     atomic_int workers, running; /* numbers given out; pool threads inside, written under the lock */
     int64_t wanted;              /* pool threads that may still join */
     struct batch *next;
+    pthread_t caller;
+    int64_t began, ended; /* ns; ended: when no item was left for the caller */
 } batch;
 
 /* Open batches, newest first. A batch lives on its caller's stack: the caller takes it off the list when the items have
  * run out, so that no thread can join any more, and waits for those inside. */
 static batch *open_batches;
 static int64_t pool_threads;
+static atomic_int shunned; /* calls for which the pool is preferred to OpenMP's threads */
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t opened = PTHREAD_COND_INITIALIZER, left = PTHREAD_COND_INITIALIZER;
 
@@ -190,39 +193,78 @@ static void *pool_thread(void *unused)
     return unused;
 }
 
-static void run(int64_t threads, void (*one)(void *, int64_t, int64_t), void *j, int64_t items)
+static void run_pool(batch *b, int64_t threads)
 {
-    if (threads > items) threads = items;
-    batch b = {.one = one, .job = j, .items = items, .wanted = threads - 1};
-    if (threads <= 1) {
-        work(&b);
-        return;
-    }
-    pthread_mutex_lock(&lock);
     pthread_t id;
+    atomic_fetch_sub(&shunned, 1);
+    b->wanted = threads - 1;
+    pthread_mutex_lock(&lock);
     while (pool_threads < threads - 1 && !pthread_create(&id, NULL, pool_thread, NULL)) {
         pthread_detach(id);
         pool_threads++;
     }
-    b.next = open_batches;
-    open_batches = &b;
+    b->next = open_batches;
+    open_batches = b;
     for (int64_t i = 1; i < threads; i++) pthread_cond_signal(&opened);
     pthread_mutex_unlock(&lock);
-    work(&b);
+    work(b);
     pthread_mutex_lock(&lock);
-    close_batch(&b);
+    close_batch(b);
     pthread_mutex_unlock(&lock);
-    for (int i = 0; i < PATIENCE && b.running; i++) PAUSE();
+    for (int i = 0; i < PATIENCE && b->running; i++) PAUSE();
     pthread_mutex_lock(&lock);
-    while (b.running) pthread_cond_wait(&left, &lock);
+    while (b->running) pthread_cond_wait(&left, &lock);
     pthread_mutex_unlock(&lock);
 }
 
-/* A child of fork has none of its parent's threads, and perhaps a lock that one of them held. */
+static int64_t now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * INT64_C(1000000000) + t.tv_nsec;
+}
+
+static void work_borrowed(void *data)
+{
+    batch *b = data;
+    work(b);
+    if (pthread_equal(pthread_self(), b->caller)) b->ended = now();
+}
+
+/* OpenMP's threads spin for milliseconds after each operation of torch, on cores that a thread of ours would not get:
+ * best to use those very threads. But a parallel region ends only when each of its threads has had a core. When that
+ * took long, somebody else wants the cores, and the pool serves the next calls: there nobody waits for a late thread.
+ */
+typedef void parallel_fn(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+static parallel_fn *borrowed; /* GOMP_parallel of the OpenMP runtime that torch uses */
+enum { SHUN_CALLS = 64, LATE_NS = 1000000 };
+
+void alaya_borrow(parallel_fn *gomp_parallel) { borrowed = gomp_parallel; }
+
+static void run_borrowed(batch *b, int64_t threads)
+{
+    b->caller = pthread_self();
+    b->began = now();
+    borrowed(work_borrowed, b, (unsigned)threads, 0);
+    if (now() - b->ended > LATE_NS + (b->ended - b->began) / 4) atomic_store(&shunned, SHUN_CALLS);
+}
+
+static void run(int64_t threads, void (*one)(void *, int64_t, int64_t), void *j, int64_t items, int may_borrow)
+{
+    batch b = {.one = one, .job = j, .items = items};
+    if (threads > items) threads = items;
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    if (threads <= 1) work(&b);
+    else if (may_borrow && borrowed && atomic_load(&shunned) <= 0) run_borrowed(&b, threads);
+    else run_pool(&b, threads);
+}
+
+/* A child of fork has none of its parent's threads, nor OpenMP's, and perhaps a lock that one of them held. */
 static void forget_threads(void)
 {
     open_batches = NULL;
     pool_threads = 0;
+    borrowed = NULL;
     lock = (pthread_mutex_t)PTHREAD_MUTEX_INITIALIZER;
     opened = left = (pthread_cond_t)PTHREAD_COND_INITIALIZER;
 }
@@ -327,7 +369,7 @@ int alaya_attend_blocks(int64_t threads, const float *q, const int64_t *addresse
         j.scratch = j.results + heads * j.pieces * j.stride;
         j.missing = (atomic_int *)(j.results + floats);
         for (int64_t h = 0; h < heads; h++) atomic_init(&j.missing[h], (int)j.pieces);
-        run(threads, one_piece, &j, heads * j.pieces);
+        run(threads, one_piece, &j, heads * j.pieces, 1);
     } else {
         memset(out, 0, sizeof(float) * heads * rows * v_dim);
         for (int64_t i = 0; i < heads * rows; i++) lse[i] = -INFINITY;
@@ -351,7 +393,7 @@ void alaya_copy_blocks(int64_t threads, const int64_t *src, const int64_t *dst, 
                 int64_t n)
 {
     copies c = {src, dst, bytes};
-    run(threads, one_copy, &c, n);
+    run(threads, one_copy, &c, n, 0);
 }
 
 typedef struct {
@@ -377,7 +419,7 @@ void alaya_write_rows(int64_t threads, const char *k, const char *v, const int64
                  int64_t k_bytes, int64_t v_bytes)
 {
     writes w = {k, v, addresses, n, k_head, k_token, v_head, v_token, k_bytes, v_bytes};
-    run(threads, one_write, &w, heads);
+    run(threads, one_write, &w, heads, 0);
 }
 
 #else /* once per instruction set from here on */

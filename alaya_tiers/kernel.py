@@ -36,7 +36,10 @@ def _library() -> ctypes.CDLL:
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
-    """The library with the types of its functions. Raises AttributeError when it lacks one."""
+    """The library, its functions typed, torch's threads lent to it. Raises AttributeError when it lacks a function."""
+    library.alaya_borrow.argtypes = [ctypes.c_void_p]
+    library.alaya_borrow.restype = None
+    library.alaya_borrow(_gomp_parallel())
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     attend_arguments: list[type[Any]] = [number] + [pointer] * 6 + [number] * 6
     library.alaya_attend_blocks.argtypes = attend_arguments + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 2
@@ -45,6 +48,15 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.alaya_write_rows.argtypes = [number, pointer, pointer, pointer, *[number] * 8]
     library.alaya_write_rows.restype = None
     return library
+
+
+def _gomp_parallel() -> int | None:
+    """Address of GOMP_parallel in the OpenMP runtime torch was linked with; None where torch uses another."""
+    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:  # a look-up in a library also searches what it was linked with
+        return ctypes.cast(ctypes.CDLL(str(torch_cpu)).GOMP_parallel, ctypes.c_void_p).value
+    except (OSError, AttributeError):
+        return None
 
 
 def attend(

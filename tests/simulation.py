@@ -350,8 +350,8 @@ class Player:
     async def _verify(self, layer: int, columns: npt.NDArray[np.intp]) -> None:
         """Check pinned runs now, and again after a while: nobody may touch them in between."""
         ids, nbytes = self.ids(layer), self.mover.shapes[layer].nbytes
+        addresses = self.mover.addresses(ids[:, columns])
         for again in (False, True):
-            addresses = self.mover.addresses(ids[:, columns])
             for head, row in enumerate(addresses):
                 for address, run in zip(row.tolist(), (self.runs[layer][c] for c in columns), strict=True):
                     for part, stamp in enumerate(run.stamps):
@@ -366,7 +366,7 @@ class Player:
 
 @types.coroutine
 def interrupted(work: Coroutine[Any, Any, Any], k: int) -> Generator[Any, Any, bool]:
-    """Await ``work`` in the present task, cancelling that task at the ``k``-th suspension; whether there was a ``k``-th."""
+    """Await ``work`` in the present task, cancelling that task at the ``k``-th suspension; whether there was one."""
     task = asyncio.current_task()
     assert task is not None
     suspensions, thrown = 0, None

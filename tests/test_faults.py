@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 import torch
@@ -93,8 +93,8 @@ async def insist(sim: Sim, work: Callable[[], Coroutine[Any, Any, None]], kind: 
             await work()
             return
         except AlayaError as error:
-            assert kind is not None, f"this fault should have gone unnoticed, got {error!r}"
-            assert isinstance(error, kind), f"expected {kind.__name__}, got {error!r}"
+            if kind is None or not isinstance(error, kind):
+                raise AssertionError(f"expected {kind and kind.__name__}, got {error!r}") from error
             sim.disk.faults = [fault for fault in sim.disk.faults if not fault.persistent]
         sim.check()
     await work()
@@ -190,7 +190,8 @@ def test_a_lost_file_is_corrupt_and_the_rest_stays_right() -> None:
         await sim.mover.flush()
         await sim.settle()
         for file in sim.ssd.files:
-            if file.layer == 0 and sim.disk.files.pop(file.path, None):
+            if file.layer == 0 and file.path in sim.disk.files:
+                sim.disk.remove(file.path)
                 sim.ssd.remove(file.path)  # closes its handle
         with pytest.raises(StoreCorrupt):
             await player.attend(0)
@@ -296,7 +297,7 @@ class Talk:
 
     heads, dim, layers = 2, 16, 2
 
-    def __init__(self, path: str | os.PathLike[str] | None = None, **settings: Any) -> None:
+    def __init__(self, path: Path | None = None, **settings: Any) -> None:
         base = {
             "device_budget": 8 * PAGE,
             "host_budget": 4 * PAGE,
@@ -308,7 +309,7 @@ class Talk:
         self.kv: dict[int, Tensor] = {n: torch.empty(2, 1, self.heads, 0, self.dim) for n in range(self.layers)}
         self.made = torch.Generator().manual_seed(1)
 
-    def __enter__(self) -> "Talk":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -330,6 +331,10 @@ class Talk:
         except BaseException:
             self.crop(length)
             raise
+
+    def steps(self, n: int) -> None:
+        for _ in range(n):
+            self.step()
 
     def crop(self, length: int) -> None:
         self.session.crop(length)
@@ -387,8 +392,7 @@ def test_a_really_full_disk_is_out_of_space_and_then_goes_on(tmp_path: Path) -> 
         ballast = path / "ballast"
         ballast.write_bytes(bytes(12 * PAGE))
         with pytest.raises(OutOfSpace) as caught:
-            for _ in range(40):
-                talk.step()
+            talk.steps(40)
         assert caught.value.errno == errno.ENOSPC
         assert "free some space" in str(caught.value)
         length = talk.length
@@ -396,8 +400,7 @@ def test_a_really_full_disk_is_out_of_space_and_then_goes_on(tmp_path: Path) -> 
         for _ in range(3):
             talk.attend_all()
             with pytest.raises(OutOfSpace):
-                for _ in range(3):
-                    talk.step()
+                talk.steps(3)
         assert talk.length == length
         talk.attend_all()
         ballast.unlink()
@@ -409,8 +412,7 @@ def test_a_really_full_disk_is_out_of_space_and_then_goes_on(tmp_path: Path) -> 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "zeros"])
 def test_a_damaged_file_is_corrupt_at_attention(tmp_path: Path, damage: str) -> None:
     with Talk(tmp_path, prefetch="none") as talk:
-        for _ in range(12):
-            talk.step()
+        talk.steps(12)
         victim, offset = talk.cold()
         data = victim.read_bytes()
         if damage == "flip":
@@ -429,14 +431,12 @@ def test_a_damaged_file_is_corrupt_at_attention(tmp_path: Path, damage: str) -> 
             assert talk.pinned() == 0
         talk.attend(1)
         talk.crop(0)
-        for _ in range(12):
-            talk.step()
+        talk.steps(12)
 
 
 def test_a_damaged_file_leaves_other_layers_and_a_repaired_one_right(tmp_path: Path) -> None:
     with Talk(tmp_path, prefetch="next") as talk:
-        for _ in range(12):
-            talk.step()
+        talk.steps(12)
         victim, _ = talk.cold()
         data = victim.read_bytes()
         victim.write_bytes(bytes(len(data)))
@@ -454,8 +454,7 @@ def test_an_attention_that_fails_halfway_lets_go_of_its_blocks() -> None:
         raise ZeroDivisionError("a user's mask function")
 
     with Talk() as talk:
-        for _ in range(12):
-            talk.step()
+        talk.steps(12)
         q = torch.randn(1, 2, 1, 16)
         held = None
         try:
@@ -464,8 +463,7 @@ def test_an_attention_that_fails_halfway_lets_go_of_its_blocks() -> None:
             held = error
         assert held is not None
         assert talk.pinned() == 0, "the traceback keeps a generator alive, and that keeps the pins"
-        for _ in range(4):
-            talk.step()
+        talk.steps(4)
 
 
 def test_closing_while_an_exception_holds_a_half_done_attention() -> None:
@@ -474,11 +472,14 @@ def test_closing_while_an_exception_holds_a_half_done_attention() -> None:
     def broken(positions: Tensor) -> Tensor:
         raise KeyboardInterrupt
 
-    def body() -> None:
-        with pytest.raises(KeyboardInterrupt), Talk(batch_bytes=2 * PAGE) as talk:
-            for _ in range(12):
-                talk.step()
+    def interrupted() -> None:
+        with Talk(batch_bytes=2 * PAGE) as talk:
+            talk.steps(12)
             talk.session.attention(0, torch.randn(1, 2, 1, 16), [Visible.all(talk.length, 1, broken)], 0.25)
+
+    def body() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            interrupted()
         ended.set()
 
     ended = threading.Event()
@@ -486,36 +487,46 @@ def test_closing_while_an_exception_holds_a_half_done_attention() -> None:
     assert ended.wait(20), "closing, or clearing the exception after it, hangs"
 
 
-def test_closing_while_another_thread_attends() -> None:
-    """The other thread gets its answer or SessionClosed; nothing hangs."""
+CLOSING = """
+import threading, time
+from tests.test_faults import PAGE, SessionClosed, Talk
 
-    def attend(talk: Talk, outcome: list[BaseException], started: threading.Event) -> None:
-        try:
-            while True:
-                talk.attend_all()
-                started.set()
-        except BaseException as error:
-            outcome.append(error)
+def attend(talk, outcome, started):
+    try:
+        while True:
+            talk.attend_all()
+            started.set()
+    except BaseException as error:
+        outcome.append(error)
 
-    for n in range(6):
-        talk, outcome, started = Talk(batch_bytes=2 * PAGE), list[BaseException](), threading.Event()
-        for _ in range(12):
-            talk.step()
-        other = threading.Thread(target=attend, args=(talk, outcome, started), daemon=True)
-        other.start()
-        assert started.wait(20)
-        time.sleep(0.001 * n)
-        talk.session.engine.close()
-        other.join(5)
-        assert not other.is_alive(), f"the other thread waits forever, {n=}"
-        assert isinstance(outcome[0], SessionClosed), f"got {outcome[0]!r}"
+for n in range(20):
+    talk, outcome, started = Talk(batch_bytes=2 * PAGE), [], threading.Event()
+    talk.steps(12)
+    other = threading.Thread(target=attend, args=(talk, outcome, started), daemon=True)
+    other.start()
+    assert started.wait(20)
+    time.sleep(0.001 * (n % 5))
+    talk.session.engine.close()
+    other.join(5)
+    assert not other.is_alive(), f"the other thread waits forever, {n=}"
+    assert isinstance(outcome[0], SessionClosed), repr(outcome[0])
+"""
+
+
+@pytest.mark.slow
+def test_closing_while_another_thread_attends(root: Path) -> None:
+    """The other thread gets its answer or SessionClosed: no hang, and no memory that goes away under it (a signal)."""
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", CLOSING], cwd=root, env=os.environ | {"PYTHONPATH": str(root)},
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, f"{done.returncode}: {done.stderr[-1500:]}"
 
 
 @pytest.mark.parametrize("call", ["update", "attention", "gather", "crop", "fork", "flush", "select", "stats"])
 def test_after_closing_every_call_says_so(call: str) -> None:
     with Talk() as talk:
-        for _ in range(6):
-            talk.step()
+        talk.steps(6)
     session, kv = talk.session, torch.zeros(1, 2, 1, 16)
     calls: dict[str, Callable[[], object]] = {
         "update": lambda: session.update(0, kv, kv),
@@ -629,7 +640,7 @@ def test_a_root_that_is_no_json_is_refused(tmp_path: Path, raw: bytes) -> None:
 
 def fits(layers: int, **budgets: int) -> BudgetTooSmall | None:
     """What a life under these budgets raises."""
-    talk = Talk(**budgets)
+    talk = Talk(None, **budgets)
     talk.layers, talk.kv = layers, dict.fromkeys(range(layers), talk.kv[0])
     with talk:
         try:
@@ -664,11 +675,12 @@ def test_the_smallest_budget_an_error_names_works(tier: str, layers: int) -> Non
 @pytest.mark.timeout(60)
 def test_use_in_a_forked_child_says_so_and_leaves_the_parents_files(tmp_path: Path) -> None:
     with Talk(tmp_path) as talk:
-        for _ in range(8):
-            talk.step()
-        before = sorted(str(p) for p in tmp_path.rglob("*"))
+        talk.steps(8)
+        before = {str(p) for p in tmp_path.rglob("c/0/0/0")}
+        assert before
         kv = torch.zeros(1, 2, 1, 16)
-        for n, use in enumerate((lambda: talk.session.update(0, kv, kv), lambda: talk.session.gather(0))):
+        uses: list[Callable[[], object]] = [lambda: talk.session.update(0, kv, kv), lambda: talk.session.gather(0)]
+        for n, use in enumerate(uses):
             child = os.fork()
             if not child:
                 signal.alarm(10)
@@ -683,7 +695,7 @@ def test_use_in_a_forked_child_says_so_and_leaves_the_parents_files(tmp_path: Pa
                 os._exit(code)
             status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
             assert status == 0, f"use {n} in the child: {status} (1: it worked, 2: another error, -14: it hung)"
-        assert sorted(str(p) for p in tmp_path.rglob("*")) == before
+        assert before <= {str(p) for p in tmp_path.rglob("c/0/0/0")}
         talk.step()
         talk.attend_all()
 
@@ -694,8 +706,7 @@ from pathlib import Path
 from tests.test_faults import Talk
 plain, flushed = Talk(Path(sys.argv[1])), Talk(Path(sys.argv[2]))
 for talk in (plain, flushed):
-    for _ in range(10):
-        talk.step()
+    talk.steps(10)
 flushed.session.flush()
 temporary = Talk()
 temporary.step()

@@ -244,10 +244,9 @@ class LedgerMachine(RuleBasedStateMachine):
         book, blocks = self.book, list(self.blocks.values())
         book.check_integrity()
         ids = array([b.id for b in blocks])
-        place = lambda values: [-1 if v is None else v for v in values]  # noqa: E731
-        assert book.device[ids].tolist() == place([b.device for b in blocks])
-        assert book.host[ids].tolist() == place([b.host for b in blocks])
-        assert book.file[ids].tolist() == place([b.file for b in blocks])
+        assert book.device[ids].tolist() == [-1 if b.device is None else b.device for b in blocks]
+        assert book.host[ids].tolist() == [-1 if b.host is None else b.host for b in blocks]
+        assert book.file[ids].tolist() == [-1 if b.file is None else b.file for b in blocks]
         for name in ("refs", "pins", "sealed", "layer", "head", "start", "used", "ahead"):
             assert getattr(book, name)[ids].tolist() == [getattr(b, name) for b in blocks], name
         readable = [b.device is not None or (b.host is not None and b.busy != "fetching") for b in blocks]

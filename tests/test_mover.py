@@ -1,4 +1,4 @@
-"""The mover, one behaviour at a time; and the contracts of tiers, policies and indexes on the implementations there are."""
+"""The mover, one behaviour at a time; and the contracts of tiers, policies and indexes on every implementation."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -396,12 +396,11 @@ def test_what_dies_while_the_writer_is_about_to_write_it_is_not_written() -> Non
     """Between choosing what to write and writing it, a sequence may end and its ids be used again."""
 
     async def body(sim: Sim) -> None:
-        player, other = await filled(sim, 6), Player(sim)
-        doomed = await filled(sim, 1, 1)
-        await sim.mover.flush()
-        for _ in range(4):
-            await player.append(0)
-        doomed.crop(0)  # leaves a file to remove, which the writer does after it chose what to write
+        doomed, other = await cooled(sim, 6), Player(sim)
+        player = await filled(sim, 5)
+        assert sim.mover.ledger.dirty_ids().size
+        doomed.crop(0)
+        assert sim.mover.garbage, "files to remove, which the writer does after it chose what to write"
         sim.disk.slow = 50.0
         flush = asyncio.get_running_loop().create_task(sim.mover.flush())
         await asyncio.sleep(1e-3)
@@ -413,7 +412,7 @@ def test_what_dies_while_the_writer_is_about_to_write_it_is_not_written() -> Non
         await other.attend(0)
         await sim.finish(player, other)
 
-    for seed in range(30):
+    for seed in range(5):
         run(Sim(seed, 6, 12, dirty_limit=1.0), body)
 
 
@@ -429,7 +428,7 @@ def test_a_file_is_removed_when_nothing_lives_in_it() -> None:
 
 
 def test_new_blocks_of_an_old_place_outlive_the_removal_of_its_file() -> None:
-    """The later runs of a segment die and its file with them, while the first, not written yet, is about to go there."""
+    """The later runs of a segment die, and its file with them, while the first is about to be written there."""
 
     async def body(sim: Sim) -> None:
         player = await filled(sim, 4)  # of one segment; the sink leaves the device last
