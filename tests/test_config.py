@@ -72,7 +72,7 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
 def test_policies_by_name() -> None:
     for known in (EVICTION, PREFETCH):
         for name, policy in known.items():
-            assert by_name(known, name) == policy()  # type: ignore[arg-type,comparison-overlap]
+            assert by_name(known, name) == policy()
     with pytest.raises(ConfigError, match="known are lru, scan"):
         by_name(EVICTION, "fifo")
     assert issubclass(ConfigError, AlayaError)

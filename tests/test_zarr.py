@@ -21,6 +21,11 @@ def bits(x: Tensor) -> npt.NDArray[Any]:
     return x.contiguous().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]).numpy()
 
 
+def attributes(group: zarr.Group) -> Any:
+    """What we say of a group."""
+    return group.attrs["alaya_tiers"]
+
+
 def filled(
     path: Path, dtype: torch.dtype, tokens: int, **settings: Any
 ) -> tuple[Engine, Session, list[Tensor], list[Tensor]]:
@@ -43,9 +48,9 @@ def test_zarr_opens_a_flushed_context_bit_for_bit(tmp_path: Path, dtype: torch.d
     engine, session, keys, values = filled(tmp_path, dtype, tokens, io=io, block_tokens=16)
     session.flush()
     root = zarr.open_group(str(tmp_path), mode="r")
-    assert root.attrs["alaya_tiers"]["format"] == 1  # type: ignore[index,call-overload]
+    assert attributes(root)["format"] == 1
     group = next(g for name, g in root.groups() if name == engine.store.session)
-    (context,) = group.attrs["alaya_tiers"]["contexts"]  # type: ignore[index,call-overload]
+    (context,) = attributes(group)["contexts"]
     assert (context["tokens"], context["stored_tokens"]) == (tokens, stored)
     for layer in range(LAYERS):
         parts = []
@@ -84,7 +89,7 @@ def test_forked_contexts_name_the_segments_they_share(tmp_path: Path) -> None:
         session.update(layer, k, torch.randn(2, HEADS, 100, V_DIM))
     session.flush()
     group = zarr.open_group(str(tmp_path / engine.store.session), mode="r")
-    first, second = group.attrs["alaya_tiers"]["contexts"]  # type: ignore[index,call-overload]
+    first, second = attributes(group)["contexts"]
     assert first["layers"]["0"][0] == second["layers"]["0"][0]
     assert first["layers"]["0"][-1] != second["layers"]["0"][-1]
     got, _ = session.gather(0)
