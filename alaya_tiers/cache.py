@@ -4,6 +4,8 @@ import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +15,7 @@ from torch import Tensor
 from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_dense, merge, with_sinks
 from alaya_tiers.blocks import Geometry
 from alaya_tiers.engine import Engine
-from alaya_tiers.errors import ContextTooLong, InputError, SessionClosed
+from alaya_tiers.errors import ContextTooLong, InputError
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.stats import Stats, TierUse
@@ -62,15 +64,18 @@ class Session:
 
     def crop(self, length: int, layer: int | None = None) -> None:
         """Forget all tokens from ``length`` on, of one layer or all."""
+        self.engine.check_open()
         for state in [self.layers[layer]] if layer is not None else self.layers.values():
             state.crop(min(length, state.length))
 
     def select(self, layer: int, indices: Sequence[int]) -> None:
         """Make the batch of a layer rows ``indices`` of what it was."""
+        self.engine.check_open()
         self.layers[layer].select(indices)
 
     def fork(self, layer: int) -> "Layer":
         """A layer that shares all blocks with this one's."""
+        self.engine.check_open()
         return self.layers[layer].fork()
 
     # ------------------------------------------------------------------ read
@@ -91,6 +96,7 @@ class Session:
         the latent, v the rotary key. Returns [rows, query_heads, n, v_dim] in q's dtype. Raises StoreError; the session
         is unchanged then.
         """
+        self.engine.check_open()
         state = self.layers[layer]
         with self.engine.mover.lock:
             self.engine.mover.ledger.begin_pass(layer)
@@ -111,6 +117,7 @@ class Session:
 
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """All of a layer as tensors k [rows, kv_heads, length, k_dim] and v: what tiers try never to make."""
+        self.engine.check_open()
         state = self.layers[layer]
         g = state.shape.geometry
         k = torch.empty(len(state.rows), g.kv_heads, state.length, g.k_dim, dtype=g.dtype)
@@ -129,22 +136,8 @@ class Session:
 
         The last tokens, fewer than a block, stay in memory. Raises StoreError; what is in memory stays there.
         """
-        engine = self.engine
-        engine.flush(
-            {
-                "contexts": [
-                    {
-                        "tokens": self.length(min(self.layers)),
-                        "stored_tokens": self.length(min(self.layers)) // size * size,
-                        "layers": {str(n): self._places(state, r) for n, state in self.layers.items()},
-                    }
-                    for r in range(self.rows(min(self.layers)))
-                    for size in [max(state.shape.tokens for state in self.layers.values())]
-                ]
-            }
-            if self.layers
-            else {"contexts": []}
-        )
+        self.engine.check_open()
+        self.engine.flush(self._contexts)
 
     def stats(self) -> Stats:
         """What happened so far."""
@@ -178,8 +171,7 @@ class Session:
     # ------------------------------------------------------------------ inside
     def _layer(self, number: int, k: Tensor, v: Tensor) -> Layer:
         """The layer's state, checked against new KV."""
-        if self.engine.closed:
-            raise SessionClosed("this cache is closed; make a new one")
+        self.engine.check_open()
         if k.ndim != 4 or v.ndim != 4 or k.shape[:3] != v.shape[:3] or k.dtype != v.dtype:
             raise InputError(
                 f"keys {tuple(k.shape)} {k.dtype} and values {tuple(v.shape)} {v.dtype} are not alike: "
@@ -254,12 +246,29 @@ class Session:
             for row in state.rows:
                 yield state.ids(row.first)
 
-    def _places(self, state: Layer, r: int) -> list[list[int]]:
-        """[stream, segment] of each run of tokens of a row, in order; what the manifest says of it."""
-        row, book, size = state.rows[r], self.engine.mover.ledger, self.engine.settings.segment_tokens
-        first = row.first[: state.length // state.shape.tokens]
-        pairs = np.stack([book.stream[first], book.start[first] // size], 1)
-        return [list(map(int, pair)) for i, pair in enumerate(pairs) if i == 0 or (pair != pairs[i - 1]).any()]
+    def _contexts(self) -> dict[str, Any]:
+        """What the manifest says of every sequence: its length and where its full blocks are."""
+        if not self.layers:
+            return {"contexts": []}
+        first = self.layers[min(self.layers)]
+        size = max(state.shape.tokens for state in self.layers.values())
+        return {
+            "contexts": [
+                {
+                    "tokens": first.length,
+                    "stored_tokens": first.length // size * size,
+                    "layers": {str(n): self._folders(state, r) for n, state in self.layers.items()},
+                }
+                for r in range(len(first.rows))
+            ]
+        }
+
+    def _folders(self, state: Layer, r: int) -> list[str]:
+        """The segment folders of a row's full blocks, in order."""
+        mover = self.engine.mover
+        first = state.rows[r].first[: state.length // state.shape.tokens]
+        names = [Path(mover.ssd.files[number].path).parts[-6] for number in mover.ledger.file[first].tolist()]
+        return [name for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
 
 
 def _nothing(q: Tensor, v_dim: int) -> Partial:

@@ -1,6 +1,7 @@
 """Wires budgets, tiers, ledger, mover and loop together; what a session and its forks share."""
 
 import asyncio
+import os
 import threading
 import weakref
 from collections import deque
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
 from alaya_tiers.config import Settings
-from alaya_tiers.errors import BudgetTooSmall, InputError
+from alaya_tiers.errors import BudgetTooSmall, InputError, SessionClosed
 from alaya_tiers.ledger import Ids
 from alaya_tiers.loop import LoopThread
 from alaya_tiers.mover import Mover, Policies, Traffic
@@ -71,6 +72,7 @@ class Engine:
         self._mover: Mover | None = None
         self._loop: LoopThread | None = None
         self._streams = 0
+        self._pid = os.getpid()
         self._buried: deque[Ids] = deque()
         self._finalizer = weakref.finalize(self, _close, self.store, None, None, None)
 
@@ -165,8 +167,8 @@ class Engine:
         while self._buried:
             self.release(self._buried.popleft())
 
-    def flush(self, contexts: dict[str, Any]) -> None:
-        """Write all sealed blocks, and what they make up, to the store. Raises StoreError; memory stays as it is."""
+    def flush(self, contexts: Callable[[], dict[str, Any]]) -> None:
+        """Write all sealed blocks, then what ``contexts`` says they make up. Raises StoreError."""
         if self._mover is None:
             return
         mover = self.mover
@@ -179,10 +181,7 @@ class Engine:
             if not room:
                 self._wait(mover.flush())
         self._wait(mover.flush())
-        for number, file in enumerate(mover.ssd.files):
-            if file.live and not file.full:
-                self._bridge.run(mover.publish(number))
-        self._bridge.run(self.store.save_manifest(contexts))
+        self._bridge.run(self.store.save_manifest(contexts()))
 
     # ------------------------------------------------------------------ the read path
     def reading(self, ids: Ids, upcoming: Callable[[], Iterator[Ids]]) -> Iterator[tuple[Columns, Ids]]:
@@ -328,8 +327,13 @@ class Engine:
 
     @property
     def closed(self) -> bool:
-        """Whether ``close`` was called."""
-        return not self._finalizer.alive
+        """Whether ``close`` was called, or this is a process forked from the engine's own."""
+        return not self._finalizer.alive or os.getpid() != self._pid
+
+    def check_open(self) -> None:
+        """Raises SessionClosed if it is closed."""
+        if self.closed:
+            raise SessionClosed("this cache is closed, or was made before a fork of the process; make a new one")
 
 
 class Loads:
@@ -395,8 +399,7 @@ def _close(store: Store, mover: Mover | None, loop: LoopThread | None, executor:
         threading.Thread(target=_close, args=(store, mover, loop, executor)).start()
         return
     if loop is not None and mover is not None and executor is not None and loop.here:
-        loop.run(mover.close())
-        loop.close()
+        loop.close(mover.close)
         executor.close()
         for tier in (mover.device, mover.host, mover.ssd):
             tier.close()

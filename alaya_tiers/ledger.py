@@ -119,6 +119,7 @@ class Ledger:
 
     def pin(self, ids: Ids) -> None:
         """The blocks' memory is being read: it may not be reused."""
+        assert (self.refs[ids] > 0).all(), "a dead block was pinned"
         self.pins[ids] += 1
 
     def unpin(self, ids: Ids) -> Freed:
@@ -164,7 +165,7 @@ class Ledger:
     def unfetched(self, ids: Ids) -> tuple[Slots, Freed]:
         """The read failed; the host slots to give back."""
         slots = self.host[ids]
-        self.busy[ids], self.host[ids] = IDLE, NOWHERE
+        self.busy[ids], self.host[ids], self.ahead[ids] = IDLE, NOWHERE, False
         return slots, self._reap(ids)
 
     def dropped(self, ids: Ids) -> Slots:
@@ -213,6 +214,11 @@ class Ledger:
         ids = np.flatnonzero((self.host[:n] >= 0) & (self.file[:n] < 0) & (self.busy[:n] == IDLE) & (self.refs[:n] > 0))
         return ids[np.argsort(self.used[ids], kind="stable")]
 
+    def unsafe_count(self) -> int:
+        """How many host blocks are not safely on disk: dirty, or being written."""
+        n = self._made
+        return int(np.count_nonzero((self.host[:n] >= 0) & ((self.file[:n] < 0) | (self.busy[:n] == WRITING))))
+
     def writing_count(self) -> int:
         """How many blocks are being written."""
         return int(np.count_nonzero(self.busy[: self._made] == WRITING))
@@ -260,7 +266,7 @@ class Ledger:
         device, host, file = self.device[dead], self.host[dead], self.file[dead]
         freed = Freed(device[device >= 0], host[host >= 0], file[file >= 0])
         self.device[dead] = self.host[dead] = self.file[dead] = NOWHERE
-        self.sealed[dead] = False
+        self.sealed[dead] = self.ahead[dead] = False
         for first in self._dead_groups(dead):
             self._reusable.setdefault(int(self._group[first]), []).append(first)
         return freed

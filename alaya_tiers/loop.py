@@ -21,17 +21,20 @@ class LoopThread:
     def __init__(self, name: str = "alaya-loop") -> None:
         self._loop = asyncio.new_event_loop()
         self._pid = os.getpid()
+        self._closing = threading.Lock()
+        self._open = True
         self._thread = threading.Thread(target=self._loop.run_forever, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
         """Start ``work`` on the loop; its result comes through the future."""
-        try:
-            self._check()
-        except SessionClosed:
-            work.close()
-            raise
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._closing:
+            try:
+                self._check()
+            except SessionClosed:
+                work.close()
+                raise
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of ``work``. Blocks; must not be called on the loop's own thread."""
@@ -44,18 +47,23 @@ class LoopThread:
 
     def call(self, function: Callable[[], object]) -> None:
         """Have the loop call ``function`` soon."""
-        self._check()
-        self._loop.call_soon_threadsafe(function)
+        with self._closing:
+            self._check()
+            self._loop.call_soon_threadsafe(function)
 
     @property
     def here(self) -> bool:
         """Whether the loop runs, in this process."""
-        return os.getpid() == self._pid and not self._loop.is_closed()
+        return os.getpid() == self._pid and self._open
 
-    def close(self) -> None:
-        """Stop the loop and wait for its thread. Closing twice is fine."""
-        if not self.here:
-            return
+    def close(self, last: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Take no more work, run ``last()`` after all that was submitted, stop. Closing twice is fine."""
+        with self._closing:
+            if not self.here:
+                return
+            self._open = False
+            future = asyncio.run_coroutine_threadsafe(last(), self._loop)
+        future.result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -63,5 +71,5 @@ class LoopThread:
     def _check(self) -> None:
         if os.getpid() != self._pid:
             raise SessionClosed("this cache belongs to the process that made it; make a new one after a fork")
-        if self._loop.is_closed():
-            raise SessionClosed("this cache is closed")
+        if not self._open:
+            raise SessionClosed("this cache is closed; make a new one")

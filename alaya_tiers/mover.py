@@ -11,7 +11,8 @@ whoever awaited it: cancelling an await never frees memory that a thread still f
 
 import asyncio
 import threading
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -20,7 +21,7 @@ import numpy as np
 
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.config import Settings
-from alaya_tiers.errors import AlayaError, BudgetTooSmall
+from alaya_tiers.errors import AlayaError, BudgetTooSmall, SessionClosed
 from alaya_tiers.ledger import Freed, Ids, Ledger, Slots
 from alaya_tiers.policies import EvictionPolicy, EvictionView, PrefetchPolicy, PrefetchView, WritePolicy, WriteView
 from alaya_tiers.seams import Executor
@@ -85,11 +86,20 @@ class Mover:
         self._write_error: AlayaError | None = None
         self._writer: asyncio.Task[None] | None = None
         self._reader_ahead: asyncio.Task[None] | None = None
-        self._operations: set[asyncio.Task[None]] = set()
+        self._operations: set[asyncio.Task[Any]] = set()
+        self._workers: set[asyncio.Task[Any]] = set()
+        self._closing = False
 
     # ------------------------------------------------------------------ at once, under the lock
     def demote(self, ids: Ids) -> bool:
-        """Copy sealed device blocks down to the host tier and free their slots; False when there is no host room."""
+        """Copy sealed device blocks down to the host tier and free their slots; False when there is no host room.
+
+        Blocks not yet on disk never fill the host tier: one run stays free for reading, so that attention over what is
+        stored goes on even when nothing can be written.
+        """
+        reserve = self.host_floor // 2 // self.host.slot_bytes
+        if self.ledger.unsafe_count() + ids.size > self.host.capacity - reserve:
+            return False
         slots = self.try_host(ids.size)
         if slots is None:
             return False
@@ -186,7 +196,8 @@ class Mover:
     # ------------------------------------------------------------------ on the loop
     async def device_room(self, n: int) -> Slots:
         """``n`` device slots, waiting for write-behind if it must. Raises BudgetTooSmall, StoreError."""
-        return await self._until(lambda: self.try_device(n))
+        with self._working():
+            return await self._until(lambda: self.try_device(n))
 
     async def load(self, ids: Ids, gate: asyncio.Lock) -> None:
         """Bring blocks into memory and pin them.
@@ -194,29 +205,29 @@ class Mover:
         Loads that share a gate get their room in the order they were started, so that what is asked for later never
         starves what is asked for sooner. Raises StoreError; nothing stays pinned then.
         """
-        rest, pinned = ids, ids[:0]
-        try:
-            while rest.size:
-                async with gate:
-                    missing = await self._until(partial(self._claim, rest, pin=not pinned.size))
-                    pinned = ids
-                if missing.size:
-                    await self._owned(self._fetch(missing))
-                await self._until(partial(self._settled, rest))
-                with self.lock:
-                    rest = rest[~self.ledger.readable(rest)]
-        except BaseException:
-            with self.lock:
-                self.give_back(self.ledger.unpin(pinned))
-            self.changed()
-            raise
+        with self._working():
+            async with gate:
+                reading = await self._begin(ids)
+            try:
+                if reading is not None:
+                    await asyncio.shield(reading)
+            except BaseException:
+                self._let_go(ids)
+                raise
 
     async def flush(self) -> None:
-        """Write every dirty host block. Raises StoreError; what was written stays written."""
+        """Write every dirty host block, and the metadata of every segment file that lacks it.
+
+        Raises StoreError; what was written stays written.
+        """
         self._flushing = True
         try:
             self.kick_writer()
-            await self._until(lambda: None if self._writer is not None or self.ledger.dirty_ids().size else True)
+            with self._working():
+                await self._until(lambda: None if self._writer is not None or self.ledger.dirty_ids().size else True)
+                for number, file in enumerate(self.ssd.files):
+                    if file.live and not file.published:
+                        await self._make_public(number)
         finally:
             self._flushing = False
 
@@ -236,19 +247,22 @@ class Mover:
         self._changed = asyncio.Event()
 
     async def close(self) -> None:
-        """Wait until no read or write is under way."""
+        """Wait until no read or write is under way; whoever waits for one gets SessionClosed."""
+        self._closing = True
+        self.changed()
         for task in (self._writer, self._reader_ahead):
             if task is not None:
                 task.cancel()
-        await asyncio.gather(
-            *self._operations, *filter(None, (self._writer, self._reader_ahead)), return_exceptions=True
-        )
+        while busy := [*self._operations, *self._workers, *filter(None, (self._writer, self._reader_ahead))]:
+            await asyncio.gather(*busy, return_exceptions=True)
 
     # ------------------------------------------------------------------ inside
     async def _until(self, attempt: Callable[[], T | None]) -> T:
         """The first result of ``attempt`` that is not None; it is tried, under the lock, after every change."""
         first = True
         while True:
+            if self._closing:
+                raise SessionClosed("the cache was closed while this call waited for storage")
             changed = self._changed
             with self.lock:
                 result = attempt()
@@ -259,7 +273,7 @@ class Mover:
                     self.traffic.stalls += 1
                 self._raise_if_stuck()
                 self._waiters += 1
-                if self.wants_writer():
+                if self._write_error is None and self.wants_writer():
                     self.kick_writer()
             try:
                 await changed.wait()
@@ -279,14 +293,46 @@ class Mover:
             smallest = self.host_floor
             raise BudgetTooSmall("host", self.settings.host_budget, smallest, "one batch of blocks does not fit")
 
-    def _claim(self, ids: Ids, *, pin: bool) -> Ids | None:
+    async def _begin(self, ids: Ids) -> asyncio.Task[None] | None:
+        """Pin ids, wait for those somebody else is reading, start to read the cold ones; the task that does, if any."""
+        while True:
+            missing = await self._until(partial(self._claim, ids))
+            reading = self._start(self._fetch(missing)) if missing.size else None
+            theirs = np.setdiff1d(ids, missing, assume_unique=True)
+            try:
+                await self._until(partial(self._settled, theirs))
+                with self.lock:
+                    complete = bool(self.ledger.readable(theirs).all())
+            except BaseException:
+                self._let_go(ids)
+                raise
+            if complete:
+                return reading
+            self._let_go(ids)  # another's read of one of them failed: again, holding nothing meanwhile
+
+    def _let_go(self, ids: Ids) -> None:
+        with self.lock:
+            self.give_back(self.ledger.unpin(ids))
+        self.changed()
+
+    @contextmanager
+    def _working(self) -> Iterator[None]:
+        """Around what ``close`` must wait for."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._workers.add(task)
+        try:
+            yield
+        finally:
+            self._workers.discard(task)
+
+    def _claim(self, ids: Ids) -> Ids | None:
         """Pin ids and reserve slots for the cold ones, all or nothing; the cold ones, now being fetched."""
         missing = ids[~self.ledger.readable(ids) & ~self.ledger.coming(ids)]
         self.ledger.pin(ids)
         slots = self.try_host(missing.size) if missing.size else np.empty(0, np.int32)
-        if slots is None or not pin:
-            self.ledger.unpin(ids)
         if slots is None:
+            self.ledger.unpin(ids)
             return None
         if missing.size:
             self.ledger.fetching(missing, slots)
@@ -348,15 +394,12 @@ class Mover:
     async def _write_behind(self) -> None:
         try:
             while True:
-                with self.lock:
-                    ids, garbage = self._next_writes(), self.garbage
-                    self.garbage = []
+                garbage, self.garbage = self.garbage, []
                 if garbage:
                     await self._executor.run(partial(self._remove, garbage))
-                if not ids.size:
-                    return
                 try:
-                    await self._owned(self._write(ids))
+                    if not await self._owned(self._write()) and not self.garbage:
+                        return
                 except AlayaError as error:
                     self._write_error = error
                     return
@@ -375,10 +418,13 @@ class Mover:
         view = WriteView(book.dirty_ids(), book.writing_count(), self.host.capacity, wanted)
         return self.policies.write.plan(view)[:batch]
 
-    async def _write(self, ids: Ids) -> None:
-        """Write dirty host blocks to places of their own."""
+    async def _write(self) -> bool:
+        """Write the next dirty host blocks to places of their own; False when there is nothing to write."""
         book = self.ledger
         with self.lock:
+            ids = self._next_writes()
+            if not ids.size:
+                return False
             places = self._places(ids)
             files = np.array([number for number, _ in places], np.int32)
             offsets = np.array([offset for _, offset in places], np.int64)
@@ -405,7 +451,12 @@ class Mover:
         if errors:
             raise errors[0]
         for number in sorted(full):
-            await self.publish(number)
+            await self._make_public(number)
+        return True
+
+    async def _make_public(self, number: int) -> None:
+        await self.publish(number)
+        self.ssd.files[number].published = True
 
     def _places(self, ids: Ids) -> list[tuple[int, int]]:
         book = self.ledger
@@ -425,12 +476,21 @@ class Mover:
         """Results of all jobs; every one has ended when this returns."""
         return await asyncio.gather(*(self._executor.run(job) for job in jobs), return_exceptions=True)
 
-    async def _owned(self, operation: Coroutine[Any, Any, None]) -> None:
+    async def _owned(self, operation: Coroutine[Any, Any, T]) -> T:
         """Await an operation that goes on to its end even when the awaiting task is cancelled."""
+        return await asyncio.shield(self._start(operation))
+
+    def _start(self, operation: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run an operation to its end; ``close`` waits for it."""
         task = asyncio.get_running_loop().create_task(operation)
         self._operations.add(task)
-        task.add_done_callback(self._operations.discard)
-        await asyncio.shield(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._operations.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever still waits gets it; if nobody does, it is no news
 
     def _view(self, ids: Ids) -> EvictionView:
         book = self.ledger

@@ -46,7 +46,11 @@ class Store:
         self._pid = os.getpid()
         try:
             os.makedirs(self.path, mode=0o700, exist_ok=True)
+            if not os.access(self.path, os.W_OK | os.X_OK):
+                raise StoreUnwritable(errno.EACCES, "the directory cannot be written; choose another", self.path)
             self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except StoreUnwritable:
+            raise
         except OSError as error:
             kind = StoreUnwritable if error.errno in (errno.EEXIST, errno.ENOTDIR) else None
             if kind is not None:
@@ -129,7 +133,9 @@ class Store:
         try:
             found = attributes_of(root.read_bytes())["alaya_tiers"]
             version, model = int(found["format"]), found["model"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            if not isinstance(model, dict | None):
+                raise TypeError("the model is not described by a mapping")
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise StoreCorrupt(errno.EIO, "the store's zarr.json cannot be read", str(root)) from error
         if version > FORMAT:
             raise StoreFormat(

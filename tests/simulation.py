@@ -141,6 +141,13 @@ class Sim:
         self.streams += 1
         return self.streams
 
+    async def flush(self) -> None:
+        """What Engine.flush does: write everything, and publish every file that something lives in."""
+        await self.mover.flush()
+        for number, file in enumerate(self.ssd.files):
+            if file.live and not (file.full and number in self.published):
+                await self.mover.publish(number)
+
     async def pause(self) -> None:
         """Some virtual time, as attention takes."""
         await asyncio.sleep(self.rng.expovariate(1) * 1e-3)

@@ -73,17 +73,17 @@ def script(player: Player) -> Iterator[Callable[[], Coroutine[Any, Any, None]]]:
     for layer in player.runs:
         yield from step(other, layer)
         yield from step(player, layer)
-    yield player.mover.flush
+    yield player.sim.flush
     player.crop(2)
     for layer in player.runs:
         yield from step(player, layer)
         yield from step(other, layer)
-    yield player.mover.flush
+    yield player.sim.flush
     other.crop(0)
     player.crop(0)
     for layer in player.runs:
         yield from step(player, layer)
-    yield player.mover.flush
+    yield player.sim.flush
 
 
 async def insist(sim: Sim, work: Callable[[], Coroutine[Any, Any, None]], kind: type[AlayaError] | None) -> None:
@@ -113,7 +113,7 @@ def struck(seed: int, fault: Fault, kind: type[AlayaError] | None) -> int:
         await sim.settle()
         for layer in player.runs:
             await player.attend(layer)
-        await player.mover.flush()
+        await sim.flush()
         full = {number for number, file in enumerate(sim.ssd.files) if file.full and file.live}
         assert full <= set(sim.published), "a full segment was never published"
         await sim.finish(player)
@@ -445,6 +445,33 @@ def test_a_damaged_file_leaves_other_layers_and_a_repaired_one_right(tmp_path: P
         victim.write_bytes(data)
         talk.step()
         talk.attend_all()
+
+
+def test_a_segment_whose_publishing_failed_is_published_by_the_next_flush(tmp_path: Path) -> None:
+    """Its blocks are all written, so no write will ever bring it up again."""
+    with Talk(tmp_path) as talk:
+        engine, failed = talk.session.engine, []
+        talk.step()
+        publish = engine.mover.publish
+
+        async def failing(number: int) -> None:
+            if len(failed) < 3:
+                failed.append(number)
+                raise IOFailed(errno.EIO, "cannot write", "index")
+            await publish(number)
+
+        engine.mover.publish = failing
+        for _ in range(20):
+            with contextlib.suppress(IOFailed):
+                talk.step()
+        for _ in range(5):
+            with contextlib.suppress(IOFailed):
+                talk.session.flush()
+        assert len(failed) == 3
+        files = [Path(file.path) for file in engine.mover.ssd.files if file.live]
+        assert files
+        missing = [path for path in files if not (path.parents[3] / "zarr.json").exists()]
+        assert not missing, "a flushed session has segments that no Zarr reader finds"
 
 
 def test_an_attention_that_fails_halfway_lets_go_of_its_blocks() -> None:

@@ -364,34 +364,6 @@ def test_a_failed_write_leaves_the_blocks_dirty_and_is_told_once() -> None:
     run(Sim(0, 4, 8, dirty_limit=1.0), body)
 
 
-def test_a_full_segment_whose_publishing_failed_is_published_by_the_next_flush() -> None:
-    """Its blocks are written, so no write will ever bring it up again."""
-
-    async def body(sim: Sim) -> None:
-        attempts = list[int]()
-        publish = sim.mover.publish
-
-        async def failing(number: int) -> None:
-            attempts.append(number)
-            if len(attempts) == 1:
-                raise IOFailed(5, "no", "index")
-            await publish(number)
-
-        sim.mover.publish = failing
-        player = await filled(sim, 6)
-        for _ in range(3):
-            try:
-                await sim.mover.flush()
-            except AlayaError:
-                continue
-        full = {n for n, file in enumerate(sim.ssd.files) if file.full}
-        assert full
-        assert full <= set(sim.published)
-        await sim.finish(player)
-
-    run(Sim(0, 4, 12, dirty_limit=1.0, sink_tokens=0), body)
-
-
 def test_what_dies_while_the_writer_is_about_to_write_it_is_not_written() -> None:
     """Between choosing what to write and writing it, a sequence may end and its ids be used again."""
 

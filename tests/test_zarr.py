@@ -54,10 +54,8 @@ def test_zarr_opens_a_flushed_context_bit_for_bit(tmp_path: Path, dtype: torch.d
     assert (context["tokens"], context["stored_tokens"]) == (tokens, stored)
     for layer in range(LAYERS):
         parts = []
-        for stream, segment in context["layers"][str(layer)]:
-            array = zarr.open_array(
-                str(tmp_path / engine.store.session / f"s{stream:04d}-{segment:05d}" / f"layer_{layer:03d}"), mode="r"
-            )
+        for folder in context["layers"][str(layer)]:
+            array = zarr.open_array(str(tmp_path / engine.store.session / folder / f"layer_{layer:03d}"), mode="r")
             assert array.attrs["dtype"] == str(dtype).removeprefix("torch.")
             assert (array.attrs["k_dim"], array.attrs["v_dim"]) == (K_DIM, V_DIM)
             parts.append(np.asarray(array[:]))

@@ -245,8 +245,7 @@ class AlayaCache(DynamicCache):
         """Append one layer's new keys and values. On an error of Session.update the whole step is undone."""
         if self._torn:
             raise SessionClosed("a step failed halfway and some layers cannot go back: reset() the cache, start over")
-        if self.session.engine.closed:
-            raise SessionClosed("this cache is closed; make a new one")
+        self.session.engine.check_open()
         try:
             keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except AlayaError:

@@ -9,7 +9,7 @@ import ctypes
 import errno
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +71,8 @@ class SegmentFile:
     """Blocks placed and not forgotten."""
     written: int = 0
     """Blocks written so far."""
+    published: bool = False
+    """Whether its metadata says all it holds."""
 
     @property
     def stride(self) -> int:
@@ -158,6 +160,7 @@ class SsdTier:
         self._disk, self._accountant = disk, accountant
         self._segment_tokens, self._threads = segment_tokens, threads
         self._by_name: dict[tuple[int, int, int], int] = {}
+        self._paths: Counter[tuple[int, int, int]] = Counter()
         self._handles = Handles(disk, direct=direct)
 
     def place(self, layer: int, shape: BlockShape, stream: int, start: int, head: int) -> tuple[int, int]:
@@ -169,9 +172,10 @@ class SsdTier:
         blocks = self._segment_tokens // shape.tokens
         name = (stream, segment, layer)
         if name not in self._by_name:
-            path = os.path.join(
-                self.directory, f"s{stream:04d}-{segment:05d}", f"layer_{layer:03d}", "c", "0", "0", "0"
-            )
+            again = self._paths[name]  # a file whose blocks all died may still be there: never write where it is
+            self._paths[name] += 1
+            folder = f"s{stream:04d}-{segment:05d}" + (f"-{again}" if again else "")
+            path = os.path.join(self.directory, folder, f"layer_{layer:03d}", "c", "0", "0", "0")
             offsets = np.full((shape.geometry.kv_heads, blocks), -1, np.int64)
             self.files.append(SegmentFile(path, layer, stream, segment, shape, blocks, offsets))
             self._by_name[name] = len(self.files) - 1
@@ -183,6 +187,7 @@ class SsdTier:
         offset = (head * blocks + index) * file.stride
         file.offsets[head, index] = offset
         file.live += 1
+        file.published = False
         return number, offset
 
     def unplace(self, number: int, offset: int) -> None:
