@@ -436,7 +436,7 @@ class Mover:
         with self.lock:
             if errors:
                 for place in places:
-                    self.ssd.unplace(*place)
+                    self.garbage += self.ssd.unplace(*place)
                 self.give_back(book.unwritten(ids))
             else:
                 digests = np.empty(ids.size, np.uint64)
@@ -468,7 +468,7 @@ class Mover:
                 places.append(self.ssd.place(layer, self.shapes[layer], *where))
         except AlayaError:
             for place in places:
-                self.ssd.unplace(*place)
+                self.garbage += self.ssd.unplace(*place)
             raise
         return places
 

@@ -450,7 +450,7 @@ def test_a_damaged_file_leaves_other_layers_and_a_repaired_one_right(tmp_path: P
 def test_a_segment_whose_publishing_failed_is_published_by_the_next_flush(tmp_path: Path) -> None:
     """Its blocks are all written, so no write will ever bring it up again."""
     with Talk(tmp_path) as talk:
-        engine, failed = talk.session.engine, []
+        engine, failed = talk.session.engine, list[int]()
         talk.step()
         publish = engine.mover.publish
 
@@ -526,7 +526,7 @@ def attend(talk, outcome, started):
     except BaseException as error:
         outcome.append(error)
 
-for n in range(20):
+for n in range(10):
     talk, outcome, started = Talk(batch_bytes=2 * PAGE), [], threading.Event()
     talk.steps(12)
     other = threading.Thread(target=attend, args=(talk, outcome, started), daemon=True)

@@ -356,6 +356,14 @@ class Family:
         kept = not tiered or (mode != "stock" and not switched)
         return Outcome("slow" if gathered else "own" if kept else "exact", "; ".join(notes), gathered, worst)
 
+    def sensitivity(self) -> float:
+        """How much the logits change with the first block of the prompt, which in the tiered cache is not in memory."""
+        other = CALLS["greedy"][0]["input_ids"].clone()
+        other[:, :BLOCK] = other[:, :BLOCK] % 90 + 4
+        with _quiet():
+            answer = _generate(self.model, DynamicCache(config=self.model.config), "greedy", input_ids=other)
+        return _difference((answer[0], answer[1][:1]), (answer[0], self.wanted["greedy"][1][:1]), True)
+
     def _pads_leak(self) -> bool:
         """Whether the padded answer of the model itself changes with the pad tokens, which are masked."""
         inputs, _ = CALLS["left padding"]

@@ -190,11 +190,12 @@ class SsdTier:
         file.published = False
         return number, offset
 
-    def unplace(self, number: int, offset: int) -> None:
-        """Take back a place that was not written."""
+    def unplace(self, number: int, offset: int) -> list[str]:
+        """Take back a place that was not written; the file, to be removed, if nothing lives in it."""
         file = self.files[number]
         file.offsets.ravel()[offset // file.stride] = -1
-        self._drop(number)
+        path = self._drop(number)
+        return [] if path is None else [path]
 
     def confirm(self, numbers: npt.NDArray[np.int32]) -> set[int]:
         """Blocks of these files (one element a block) were written; the files that are full now."""
