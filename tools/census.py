@@ -202,9 +202,9 @@ def build(model_type: str) -> PreTrainedModel:
 class Outcome:
     """What became of one model in one mode.
 
-    verdict: "exact"; "slow": exact, but some code looked inside and everything was gathered; "own": exact, the model
-    keeps its own attention or no layer is tiered; "refused" by the error in note; "differs"; "broken": an error that is
-    none of ours.
+    verdict: "exact"; "slow": exact, but some code looked inside and everything was gathered; "prefill": the same, but
+    not in plain greedy generation; "own": exact, the model keeps its own attention or no layer is tiered; "refused" by
+    the error in note; "differs"; "broken": an error that is none of ours.
     """
 
     verdict: str
@@ -216,7 +216,7 @@ class Outcome:
     @property
     def right(self) -> bool:
         """Whether the tokens were those of DynamicCache."""
-        return self.verdict in ("exact", "slow", "own")
+        return self.verdict in ("exact", "prefill", "slow", "own")
 
 
 class NotComparable(Exception):
@@ -330,7 +330,7 @@ class Family:
                 vars(module).pop("expand_kv", None)
 
     def _run(self, mode: Mode) -> Outcome:
-        gathered, worst, tiered = 0, 0.0, 0
+        gathered, worst, tiered, looked = 0, 0.0, 0, False
         notes = [f"{call} fails with DynamicCache too" for call in self.failing]
         for call, want in self.wanted.items():
             try:
@@ -339,6 +339,7 @@ class Family:
                     tiered = sum(isinstance(layer, AlayaLayer) for layer in cache.layers)
                     _check_spilled(cache, tiered)
                     gathered += cache.stats().gathered
+                    looked |= call == "greedy" and gathered > 0
             except AlayaError as error:
                 return Outcome("refused", type(error).__name__)
             except Exception as error:
@@ -354,7 +355,8 @@ class Family:
         parts = (part for part in self.model.modules() if isinstance(part, PreTrainedModel))
         switched = any(part.config._attn_implementation == "alaya" for part in parts)
         kept = not tiered or (mode != "stock" and not switched)
-        return Outcome("slow" if gathered else "own" if kept else "exact", "; ".join(notes), gathered, worst)
+        verdict = "slow" if looked else "prefill" if gathered else "own" if kept else "exact"
+        return Outcome(verdict, "; ".join(notes), gathered, worst)
 
     def sensitivity(self) -> float:
         """How much the logits change with the first block of the prompt, which in the tiered cache is not in memory."""
@@ -461,8 +463,8 @@ left-padded batch, with three beams, and with prefill in chunks of 7 tokens. Tok
   alone.
 * *exact*: the same tokens, nothing gathered.
 * *exact, slow*: the same tokens; some code looked inside the cache, and all keys and values of a layer were gathered.
-  `stats().gathered` counts it, and the first time of each operation is a warning. In stock mode most models do that
-  only for padding and chunked prefill.
+  `stats().gathered` counts it, and the first time of each operation is a warning.
+* *exact, slow prefill*: the same, but only for chunked prefill and for the prompt of a padded batch.
 * *exact, own attention*: the same tokens; the model keeps its own attention.
 * *refused*: an error, named in the note, instead of a wrong answer.
 * –: not comparable; the note says why.

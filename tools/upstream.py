@@ -74,7 +74,7 @@ class Substitute(AlayaCache, metaclass=_AlsoStock):
     def __new__(cls, *args: Any, offloading: bool = False, **kwargs: Any) -> Any:
         if offloading:
             COUNTS["offloaded"] += 1
-            return DynamicCache(*args, offloading=True, **kwargs)
+            return DynamicCache(*args, offloading=True, **kwargs)  # type: ignore[misc]
         return super().__new__(cls)
 
     def __init__(
