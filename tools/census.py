@@ -416,6 +416,7 @@ def _first_line(error: BaseException) -> str:
 
 WORDS = {
     "exact": "exact",
+    "prefill": "exact, slow prefill",
     "slow": "exact, slow",
     "own": "exact, own attention",
     "refused": "refused",

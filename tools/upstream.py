@@ -21,7 +21,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ ONLY_STOCK_PASSES, CANNOT_SAY = 1, 2
 """Exit codes, beside 0."""
 
 MODELS = (
-    "llama mistral qwen3 qwen3_moe mixtral gemma2 gemma3 gpt_neox gpt_oss deepseek_v3 phi3 olmo2 cohere2 gpt2 falcon bloom t5"
-).split()
+    *("llama", "mistral", "qwen3", "qwen3_moe", "mixtral", "gemma2", "gemma3", "gpt_neox", "gpt_oss"),
+    *("deepseek_v3", "phi3", "olmo2", "cohere2", "gpt2", "falcon", "bloom", "t5"),
+)
 """What is run when no models are named."""
 
-BLOCK_TOKENS, DEVICE_BUDGET, HOST_BUDGET = 4, "320KiB", "256KiB"
+BLOCK_TOKENS, DEVICE_BUDGET, HOST_BUDGET = 4, "768KiB", "256KiB"
 """Small enough that tests of 20 tokens spill, large enough for their batches."""
 
 SECONDS = 300
@@ -280,6 +281,11 @@ class Run:
         """Tests of which every part passed, in order."""
         return [test for test, outcome in self.tests.items() if outcome == "passed"]
 
+    def of(self, files: set[str]) -> "Run":
+        """The same, of these files only."""
+        tests = {test: outcome for test, outcome in self.tests.items() if _file(test) in files}
+        return replace(self, tests=tests)
+
     def why(self, test: str) -> str:
         """What became of a test."""
         outcome = self.tests.get(test, "did not run or did not end")
@@ -298,10 +304,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if isinstance(files, str):
         return _cannot_say(files)
     _warn_of_version(options.checkout)
+    wanted = {path.as_posix() for path in files}
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        off = Run.read(options.baseline) if options.baseline else run(options, "off", files, folder)
+        off = Run.read(options.baseline).of(wanted) if options.baseline else run(options, "off", files, folder)
         if not off.passed:
             broken = "; ".join(f"{test}: {why}" for test, why in off.broken.items())
             return _cannot_say(f"no test passed with DynamicCache. {broken or _end(folder / 'off.log')}")

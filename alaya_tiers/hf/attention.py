@@ -12,6 +12,7 @@ from alaya_tiers.cache import Visible
 from alaya_tiers.errors import UnsupportedModel
 from alaya_tiers.hf.handles import KVHandle, dense_visible, intact
 from alaya_tiers.hf.masks import MaskSpec
+from alaya_tiers.hf.switch import OWN_ATTENTION
 
 _OWN_SPARSE = ("indices", "block_indices", "sinks")
 
@@ -30,6 +31,10 @@ def alaya_attention_forward(
 
     query: [rows, query_heads, n, dim]. Returns ([rows, n, query_heads, v_dim], None): like sdpa, no weights.
     """
+    if getattr(getattr(module, "config", None), "model_type", None) in OWN_ATTENTION:
+        raise UnsupportedModel(
+            f"{type(module).__name__} attends in a way of its own: keep attn_implementation='sdpa' or 'eager' for it"
+        )
     if used := [name for name in _OWN_SPARSE if kwargs.get(name) is not None]:
         raise UnsupportedModel(
             f"{type(module).__name__} brings its own sparse attention ({', '.join(used)}): "

@@ -9,6 +9,13 @@ from transformers.cache_utils import DynamicCache, DynamicIndexedLayer
 
 from alaya_tiers.hf.handles import KVHandle
 
+OWN_ATTENTION = {
+    "deepseek_v4",  # attends to compressed tokens, through a mask it makes itself
+    "minimax_m3_vl_text",  # picks blocks of keys itself
+    "git",  # its text part adds the mask to scores itself; only its vision part can be switched
+}
+"""Model types transformers would let us switch, to a wrong result. Found by the census (docs/compatibility.md)."""
+
 
 class Switched:
     """A model whose attention is "alaya" as far as its code allows that; ``undo`` puts back what was there.
@@ -21,8 +28,9 @@ class Switched:
         self._model = model
         self._before: str | None = None
         self._expanding: list[nn.Module] = []
-        own_sparse = any(isinstance(layer, DynamicIndexedLayer) for layer in DynamicCache(config=model.config).layers)
-        if own_sparse or not model._can_set_attn_implementation():
+        indexed = any(isinstance(layer, DynamicIndexedLayer) for layer in DynamicCache(config=model.config).layers)
+        types = {model.config.model_type, model.config.get_text_config(decoder=True).model_type}
+        if indexed or types & OWN_ATTENTION or not model._can_set_attn_implementation():
             return
         self._before = model.config._attn_implementation
         model.set_attn_implementation("alaya")
