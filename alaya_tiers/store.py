@@ -38,7 +38,11 @@ class Store:
 
     def __init__(self, path: str | os.PathLike[str] | None, model: Model | None, disk: Disk) -> None:
         self.temporary = path is None
-        self.path = _temporary_directory() if path is None else os.path.abspath(path)
+        self._lock = -1
+        if path is None:
+            self.path, self._lock = _temporary_directory()
+        else:
+            self.path = os.path.abspath(path)
         self.session = f"session-{secrets.token_hex(4)}"
         self.model = model
         self._disk = disk
@@ -48,7 +52,8 @@ class Store:
             os.makedirs(self.path, mode=0o700, exist_ok=True)
             if not os.access(self.path, os.W_OK | os.X_OK):
                 raise StoreUnwritable(errno.EACCES, "the directory cannot be written; choose another", self.path)
-            self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if self._lock < 0:
+                self._lock = _opened(self.path)
         except StoreUnwritable:
             raise
         except OSError as error:
@@ -188,20 +193,36 @@ def _difference(stored: Model, given: Model) -> str:
     return "; ".join(shown) + ("" if len(names) <= 3 else f"; and {len(names) - 3} more")
 
 
-def _temporary_directory() -> str:
+def _opened(directory: str | Path) -> int:
+    return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _temporary_directory() -> tuple[str, int]:
+    """A new directory and the descriptor that locks it; those of dead processes are removed.
+
+    The parent is locked meanwhile: nobody may take a directory for dead that is not locked yet.
+    """
     parent = os.environ.get("ALAYA_TIERS_DIR") or tempfile.gettempdir()
     try:
-        for old in Path(parent).glob(f"{_PREFIX}*"):
-            _remove_if_dead(old)
-        return tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+        guard = _opened(parent)
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            for old in Path(parent).glob(f"{_PREFIX}*"):
+                _remove_if_dead(old)
+            path = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
+            lock = _opened(path)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(guard)
     except OSError as error:
         raise translate(error, parent, "write") from error
+    return path, lock
 
 
 def _remove_if_dead(directory: Path) -> None:
     """Remove a temporary store whose process is gone: the lock of a living one is held."""
     try:
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        lock = _opened(directory)
     except OSError:
         return
     try:

@@ -1,5 +1,6 @@
 """Every causal LM class of transformers: the tokens of DynamicCache, or a refusal; docs/compatibility.md says which."""
 
+import os
 import warnings
 from pathlib import Path
 
@@ -53,14 +54,15 @@ QUICK = _names(
     "gemma3 got_ocr2 git",  # text parts of larger models
     "deepseek_v32 deepseek_v4 minimax_m3_vl_text qwen4_exp_text",  # own sparse attention
 )
-"""One or two families for each way of attending; the others are marked slow."""
+"""One or two families for each way of attending; the others run with ALAYA_CENSUS=1."""
 
+ALL_FAMILIES = pytest.mark.skipif("ALAYA_CENSUS" not in os.environ, reason="ALAYA_CENSUS=1 runs all families (10 min)")
 ALL = families()
 COMPARABLE = sorted(set(ALL) - set(NOT_COMPARABLE))
 
 
 def _family(name: str) -> ParameterSet:
-    return pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+    return pytest.param(name, marks=[] if name in QUICK else [ALL_FAMILIES])
 
 
 @pytest.fixture(scope="module")

@@ -526,7 +526,7 @@ def attend(talk, outcome, started):
     except BaseException as error:
         outcome.append(error)
 
-for n in range(10):
+for n in range(30):
     talk, outcome, started = Talk(batch_bytes=2 * PAGE), [], threading.Event()
     talk.steps(12)
     other = threading.Thread(target=attend, args=(talk, outcome, started), daemon=True)

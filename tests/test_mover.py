@@ -388,6 +388,24 @@ def test_what_dies_while_the_writer_is_about_to_write_it_is_not_written() -> Non
         run(Sim(seed, 6, 12, dirty_limit=1.0), body)
 
 
+def test_flush_does_not_mind_what_dies_meanwhile() -> None:
+    """A sequence ends, and its files go, while another's flush is about to publish them."""
+
+    async def body(sim: Sim) -> None:
+        player, doomed = await filled(sim, 5), await filled(sim, 5, 1)
+        flush = asyncio.get_running_loop().create_task(sim.mover.flush())
+        await asyncio.sleep(sim.rng.random() * 0.02)
+        doomed.crop(0)
+        if sim.mover.wants_writer():
+            sim.mover.kick_writer()
+        await flush
+        await player.attend(0)
+        await sim.finish(player)
+
+    for seed in range(60):
+        run(Sim(seed, 4, 16, dirty_limit=1.0), body)
+
+
 def test_a_file_is_removed_when_nothing_lives_in_it() -> None:
     async def body(sim: Sim) -> None:
         player = await cooled(sim, 12)

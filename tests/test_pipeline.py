@@ -69,9 +69,13 @@ def test_many_interleavings(part: int) -> None:
             raise
 
 
-@pytest.mark.parametrize("seed", [1422, 1914, 1953])
+@pytest.mark.parametrize("seed", [1422, 1914, 1953, 10068])
 def test_seeds_that_once_found_something(seed: int) -> None:
-    """1422, 1914, 1953: the writer wrote blocks that had died, and whose ids lived again, since it chose them."""
+    """What they found.
+
+    1422, 1914, 1953: the writer wrote blocks that had died, and whose ids lived again, since it chose them.
+    10068: flush published a file that was removed meanwhile, because all that lived in it had died.
+    """
     played(
         seed,
         BUDGETS[seed % len(BUDGETS)],

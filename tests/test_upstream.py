@@ -2,11 +2,12 @@
 
 import contextlib
 import io
-import json
 import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,7 @@ from transformers.generation import utils
 
 stock = next(c for c in DynamicCache.__mro__ if c.__name__ == "DynamicCache")
 tiny = LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+tiny.eos_token_id = None
 
 
 def test_generates():
@@ -142,16 +144,18 @@ def test_a_test_that_only_stock_passes_is_reported(compared: Compared) -> None:
     assert "nobody_passes" not in compared.out
 
 
-def test_a_run_without_our_cache_is_noticed(compared: Compared, capsys: pytest.CaptureFixture[str]) -> None:
-    baseline = compared.checkout / "useless.jsonl"
-    test = "tests/models/useless/test_modeling_useless.py::test_cache"
-    baseline.write_text(json.dumps({"test": test, "when": "call", "outcome": "passed"}) + "\n")
-    kept = ["--keep", str(compared.kept / "useless"), "--baseline", str(baseline)]
-    assert upstream.main([str(compared.checkout), "--models", "useless", *kept]) == upstream.CANNOT_SAY
+def test_a_run_without_our_cache_is_noticed(
+    compared: Compared, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = upstream.Run({"tests/models/useless/test_modeling_useless.py::test_cache": "passed"}, complete=True)
+    monkeypatch.setattr(upstream, "run", lambda *args: run)
+    assert upstream.main([str(compared.checkout), "--models", "useless"]) == upstream.CANNOT_SAY
     assert "no cache of ours was made" in capsys.readouterr().err
-    log = (compared.kept / "useless" / "stock.log").read_text()
-    assert "1 passed" in log
-    assert "no cache of ours was made" in log
+
+    session: Any = SimpleNamespace(exitstatus=0, config=SimpleNamespace(getoption=lambda name: "stock"))
+    monkeypatch.setattr(upstream, "COUNTS", Counter())
+    upstream.pytest_sessionfinish(session, 0)
+    assert session.exitstatus == pytest.ExitCode.TESTS_FAILED
 
 
 def test_what_cannot_be_run_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
