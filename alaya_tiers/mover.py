@@ -455,8 +455,14 @@ class Mover:
         return True
 
     async def _make_public(self, number: int) -> None:
-        await self.publish(number)
-        self.ssd.files[number].published = True
+        file = self.ssd.files[number]
+        try:
+            await self.publish(number)
+        except AlayaError:
+            if file.live:
+                raise
+            return  # all its blocks died meanwhile and it was removed
+        file.published = True
 
     def _places(self, ids: Ids) -> list[tuple[int, int]]:
         book = self.ledger
