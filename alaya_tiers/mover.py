@@ -226,7 +226,7 @@ class Mover:
             with self._working():
                 await self._until(lambda: None if self._writer is not None or self.ledger.dirty_ids().size else True)
                 for number, file in enumerate(self.ssd.files):
-                    if file.live and not file.published:
+                    if file.live and file.written and not file.published:
                         await self._make_public(number)
         finally:
             self._flushing = False
@@ -456,13 +456,14 @@ class Mover:
 
     async def _make_public(self, number: int) -> None:
         file = self.ssd.files[number]
+        written = file.written
         try:
             await self.publish(number)
         except AlayaError:
             if file.live:
                 raise
             return  # all its blocks died meanwhile and it was removed
-        file.published = True
+        file.published = file.written == written
 
     def _places(self, ids: Ids) -> list[tuple[int, int]]:
         book = self.ledger

@@ -388,3 +388,18 @@ def test_a_dropped_fork_lets_go_at_once(model: Any) -> None:
                 gc.enable()
             assert cache.get_seq_length() == 20
             cache.close()
+
+
+def test_a_static_cache_beside_our_attention() -> None:
+    """Its length is a tensor that it changes in place: our mask must have been told the old one."""
+    model = tiny()
+    ids = prompt(1, 20)
+    with torch.no_grad():
+        want = model(
+            input_ids=ids, past_key_values=transformers.StaticCache(config=model.config, max_cache_len=32)
+        ).logits
+        model.set_attn_implementation("alaya")
+        got = model(
+            input_ids=ids, past_key_values=transformers.StaticCache(config=model.config, max_cache_len=32)
+        ).logits
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -184,7 +184,7 @@ class AlayaCache(DynamicCache):
 
     def __init__(
         self,
-        ddp_cache_data: Iterable[tuple[Tensor, ...]] | None = None,
+        ddp_cache_data: Iterable[tuple[Any, ...]] | None = None,
         config: PretrainedConfig | None = None,
         *,
         settings: Settings | None = None,
@@ -210,7 +210,8 @@ class AlayaCache(DynamicCache):
             ours = [AlayaLayer(self.session, i, undo) if t else stock[i] for i, t in enumerate(tiered)]
             Cache.__init__(self, layers=ours)
         for number, (keys, values, *_) in enumerate(ddp_cache_data or ()):
-            self.update(keys, values, number)
+            if keys is not None:  # a layer without data, as DynamicCache has them too
+                self.update(keys, values, number)
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, **settings: Any) -> Self:

@@ -23,6 +23,8 @@ class MaskSpec(Tensor):
 
     @staticmethod
     def __new__(cls, arguments: dict[str, Any]) -> Self:
+        if isinstance(offset := arguments["q_offset"], Tensor):  # a static cache counts on in place after this
+            arguments = arguments | {"q_offset": offset.clone()}
         shape = (arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"])
         spec: Self = Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool)
         spec.arguments, spec._dense, spec._visible = arguments, {}, {}
