@@ -193,6 +193,7 @@ class Engine:
         """
         mover, book = self.mover, self.mover.ledger
         with mover.lock:
+            held = mover.hold()  # until this generator ends: another thread may close the engine meanwhile
             here = book.readable(ids).all(0)
             resident = ids if here.all() else ids[:, here]
             flat = resident.ravel()
@@ -204,6 +205,7 @@ class Engine:
             finally:
                 self.unpin(flat, used=True)
             self._read_ahead(upcoming)
+            del held
             return
         cold = np.flatnonzero(~here)
         loads = Loads(self, ids, cold)
@@ -224,6 +226,7 @@ class Engine:
                     self.unpin(batch.ravel(), used=True)
         finally:
             loads.abandon()
+            del held
 
     def addresses(self, ids: Ids) -> Addresses:
         """Where pinned blocks that are ``on_cpu`` lie, int64 of the shape of ``ids``."""

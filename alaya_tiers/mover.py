@@ -169,6 +169,12 @@ class Mover:
         for tier, slots, mine in ((self.device, book.device, here), (self.host, book.host, ~here)):
             copy_slots(tier, slots[source[mine]], self.device, book.device[target[mine]], sizes[mine])
 
+    def hold(self) -> object:
+        """Keeps the tiers' memory mapped for as long as it lives. Under the lock. Raises SessionClosed."""
+        if self._closing:
+            raise SessionClosed("this cache is closed; make a new one")
+        return self.device.hold(), self.host.hold()
+
     def give_back(self, freed: Freed) -> None:
         """Return what dead blocks left behind to the tiers."""
         if freed.device.size:
@@ -248,7 +254,8 @@ class Mover:
 
     async def close(self) -> None:
         """Wait until no read or write is under way; whoever waits for one gets SessionClosed."""
-        self._closing = True
+        with self.lock:
+            self._closing = True
         self.changed()
         for task in (self._writer, self._reader_ahead):
             if task is not None:
@@ -394,7 +401,8 @@ class Mover:
     async def _write_behind(self) -> None:
         try:
             while True:
-                garbage, self.garbage = self.garbage, []
+                with self.lock:
+                    garbage, self.garbage = self.garbage, []
                 if garbage:
                     await self._executor.run(partial(self._remove, garbage))
                 try:

@@ -78,6 +78,9 @@ class Arena:
         slab, index = divmod(slot, self._per_slab)
         return self._slabs[slab][index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
+    def hold(self) -> object:
+        return self._slabs
+
     def close(self) -> None:
         self._accountant.release(self.name, self._made * self.slot_bytes)
         self._slabs, self._free = [], []

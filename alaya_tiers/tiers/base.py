@@ -49,6 +49,10 @@ class MemoryTier(Protocol):
         """A slot's memory, uint8 [slot_bytes]."""
         ...
 
+    def hold(self) -> object:
+        """Something that keeps the memory mapped while it lives, even when the tier is closed."""
+        ...
+
     def close(self) -> None:
         """Free all memory. Nothing may read or write a slot any more."""
         ...
