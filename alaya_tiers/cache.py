@@ -177,6 +177,8 @@ class Session:
                 f"keys {tuple(k.shape)} {k.dtype} and values {tuple(v.shape)} {v.dtype} are not alike: "
                 "both must be [rows, heads, n, dim]"
             )
+        if k.device != v.device or k.is_meta:
+            raise InputError(f"keys on {k.device} and values on {v.device} cannot be stored together")
         geometry = Geometry(k.shape[1], k.shape[3], v.shape[3], k.dtype)
         state = self.layers.get(number)
         if state is None:

@@ -6,6 +6,7 @@ AlayaError
 ├── InputError (ValueError)             the call's tensors do not fit the session; the session is unchanged
 │   └── ContextTooLong                  more tokens than the model has positions; nothing was appended
 ├── UnsupportedModel (NotImplementedError)   the model's attention would come out wrong; refused before it runs
+├── ModelChanged (RuntimeError)         the cache was filled by a model with other weights; nothing was run
 ├── StaleHandle (RuntimeError)          keys or values of an earlier step were used after the cache moved on
 ├── SessionClosed (RuntimeError)        the session was closed, or used in a forked process
 └── StoreError (OSError)                the directory on disk; what was stored before stays readable
@@ -51,6 +52,10 @@ class ContextTooLong(InputError):
 
 class UnsupportedModel(AlayaError, NotImplementedError):
     """The model's attention would come out wrong with this cache; refused before it runs."""
+
+
+class ModelChanged(AlayaError, RuntimeError):
+    """The cache was filled by a model with other weights, or by this one before they changed; nothing was run."""
 
 
 class StaleHandle(AlayaError, RuntimeError):

@@ -6,14 +6,19 @@ import os
 import random
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import zarr.core.sync
 from hypothesis import settings
+
+from alaya_tiers import GatheredWarning
+from tests.tiny import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -51,6 +56,22 @@ def books(shared_data: Path) -> Path:
     if not path.is_dir():
         pytest.skip("no ../shared/data/books beside the source tree")
     return path
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny()
+
+
+@pytest.fixture(params=["alaya", "sdpa"])
+def implementation(request: pytest.FixtureRequest, model: Any) -> Iterator[str]:
+    """The two-line use and the one-line use."""
+    model.set_attn_implementation(request.param)
+    with warnings.catch_warnings():
+        if request.param == "sdpa":
+            warnings.simplefilter("ignore", GatheredWarning)
+        yield request.param
+    model.set_attn_implementation("sdpa")
 
 
 @pytest.fixture(autouse=True)

@@ -30,6 +30,7 @@ from alaya_tiers.errors import AlayaError
 from alaya_tiers.hf import AlayaLayer, handles
 
 Mode = Literal["alaya", "stock", "by hand"]
+MODES: tuple[Mode, ...] = ("alaya", "stock", "by hand")
 """AlayaCache.for_model; the cache alone; the cache after ``model.set_attn_implementation("alaya")``."""
 
 BLOCK = 8
@@ -428,10 +429,10 @@ def _row(model_type: str, name: str) -> str:
     try:
         family = Family(model_type)
     except NotComparable as why:
-        return f"| {model_type} | {name} | – | – | {why} |"
-    alaya, stock = family.run("alaya"), family.run("stock")
-    notes = dict.fromkeys(note for note in (alaya.note, stock.note) if note)
-    cells = (WORDS.get(outcome.verdict, f"**{outcome.verdict}**") for outcome in (alaya, stock))
+        return f"| {model_type} | {name} | – | – | – | {why} |"
+    outcomes = [family.run(mode) for mode in MODES]
+    notes = dict.fromkeys(outcome.note for outcome in outcomes if outcome.note)
+    cells = (WORDS.get(outcome.verdict, f"**{outcome.verdict}**") for outcome in outcomes)
     return f"| {model_type} | {name} | {' | '.join(cells)} | {'; '.join(notes)} |"
 
 
@@ -460,8 +461,9 @@ Each of the {count} causal LM classes of transformers, made tiny with random wei
 left-padded batch, with three beams, and with prefill in chunks of 7 tokens. Tokens and logits are compared with
 `DynamicCache` and the model's own attention. Blocks have 8 tokens and budgets are so small that blocks are on ssd.
 
-* **alaya**: `AlayaCache.for_model(model)`; **stock**: `AlayaCache(config=model.config)`, the model's attention left
-  alone.
+* **alaya**: `AlayaCache.for_model(model)`, `attach` or `custom_generate`; **stock**: `AlayaCache(config=model.config)`,
+  the model's attention left alone; **by hand**: the same after `model.set_attn_implementation("alaya")`, or
+  `attn_implementation="alaya"` in `from_pretrained`.
 * *exact*: the same tokens, nothing gathered.
 * *exact, slow*: the same tokens; some code looked inside the cache, and all keys and values of a layer were gathered.
   `stats().gathered` counts it, and the first time of each operation is a warning.
@@ -470,8 +472,8 @@ left-padded batch, with three beams, and with prefill in chunks of 7 tokens. Tok
 * *refused*: an error, named in the note, instead of a wrong answer.
 * –: not comparable; the note says why.
 
-| family | class | alaya | stock | note |
-|---|---|---|---|---|"""
+| family | class | alaya | stock | by hand | note |
+|---|---|---|---|---|---|"""
 
 
 if __name__ == "__main__":

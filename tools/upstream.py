@@ -33,7 +33,7 @@ from transformers.cache_utils import DynamicCache, DynamicIndexedLayer
 from alaya_tiers.cache import Session
 from alaya_tiers.config import parse_bytes
 from alaya_tiers.hf import AlayaCache
-from alaya_tiers.hf.switch import _hand_on
+from alaya_tiers.hf.switch import hand_on_latents
 from alaya_tiers.ledger import Ledger
 
 MODES = ("off", "stock", "alaya")
@@ -138,9 +138,7 @@ def _prefer_alaya() -> None:
     @functools.wraps(made)
     def made_ours(self: Any) -> None:
         made(self)
-        for module in self.modules():
-            if hasattr(module, "expand_kv") and hasattr(module, "kv_b_proj") and "expand_kv" not in vars(module):
-                vars(module)["expand_kv"] = _hand_on(module)
+        hand_on_latents(self)
 
     setattr(PreTrainedModel, "get_correct_attn_implementation", choose_ours)  # noqa: B010 - mypy, as above
     setattr(PreTrainedModel, "post_init", made_ours)  # noqa: B010

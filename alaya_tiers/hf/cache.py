@@ -5,167 +5,28 @@ import itertools
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
 
-from alaya_tiers.cache import Session, Visible
+from alaya_tiers.cache import Session
 from alaya_tiers.config import Settings
 from alaya_tiers.engine import Engine
-from alaya_tiers.errors import AlayaError, ConfigError, InputError, SessionClosed
-from alaya_tiers.hf.handles import KVHandle
+from alaya_tiers.errors import AlayaError, ConfigError, InputError, ModelChanged, SessionClosed
+from alaya_tiers.hf import continuing
+from alaya_tiers.hf.layer import AlayaLayer
 from alaya_tiers.hf.switch import Switched
 from alaya_tiers.stats import Stats
 from alaya_tiers.store import Model
-
-
-class AlayaLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """One full-attention layer in the tiers. ``update`` returns handles, not tensors."""
-
-    is_compileable, is_sliding, is_croppable, supports_early_init = False, False, True, True
-
-    def __init__(self, session: Session, number: int, undo: Callable[[int], None]) -> None:
-        self.session, self.number = session, number
-        self._undo = undo
-        self.version = 0
-        self.before = 0
-        """Length before the last update: where to go back to when a step fails."""
-        self.is_initialized = False
-        self.dtype, self.device = torch.float32, torch.device("cpu")
-
-    # ------------------------------------------------------------------ what a forward calls
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self.before = self.get_seq_length()
-        self.session.update(self.number, key_states, value_states)
-        self.lazy_initialization(key_states, value_states)
-        self.version += 1
-        length = self.get_seq_length()
-        k_shape = (*key_states.shape[:2], length, key_states.shape[3])
-        v_shape = (*value_states.shape[:2], length, value_states.shape[3])
-        return (
-            KVHandle(self, "k", k_shape, self.dtype, self.device),
-            KVHandle(self, "v", v_shape, self.dtype, self.device),
-        )
-
-    def attend(
-        self,
-        query: Tensor,
-        visible: Callable[[int], Visible],
-        scale: float,
-        softcap: float | None = None,
-        sinks: Tensor | None = None,
-        *,
-        latent: bool = False,
-    ) -> Tensor:
-        """Exact attention; see TieredLayer."""
-        try:
-            with torch.no_grad():
-                rows = [visible(r) for r in range(query.shape[0])]
-                return self.session.attention(self.number, query, rows, scale, softcap, sinks, latent=latent)
-        except AlayaError:
-            self._undo(self.before)
-            raise
-
-    def gather(self, role: str) -> Tensor:
-        """All of K ("k") or V ("v") as one tensor."""
-        k, v = self.session.gather(self.number)
-        return (k if role == "k" else v).to(self.device)
-
-    # ------------------------------------------------------------------ sizes
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.get_seq_length() + query_length, 0
-
-    def get_seq_length(self) -> int:
-        return self.session.length(self.number)
-
-    def get_max_length(self) -> int:
-        return -1
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences held."""
-        return self.session.rows(self.number) if self.is_initialized else 0
-
-    # ------------------------------------------------------------------ what generate does between forwards
-    def reset(self) -> None:
-        self._change()
-        if self.number in self.session.layers:
-            self.session.layers.pop(self.number).clear()
-        self.is_initialized = False
-
-    def crop(self, tokens_to_remove: int) -> None:
-        if tokens_to_remove > 0:
-            raise InputError("crop takes the negative number of tokens to remove, e.g. crop(-3)")
-        if tokens_to_remove and self.is_initialized:
-            self._change()
-            self.session.crop(max(0, self.get_seq_length() + tokens_to_remove), self.number)
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._select(beam_idx.tolist())
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.is_initialized:
-            self._select(torch.arange(self.batch_size)[indices].tolist())
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self._select([r for r in range(self.batch_size) for _ in range(repeats)])
-
-    def offload(self) -> None:
-        """Blocks move by themselves."""
-
-    def prefetch(self) -> None:
-        """Blocks move by themselves."""
-
-    # ------------------------------------------------------------------ code that reads or assigns whole tensors
-    @property
-    def keys(self) -> Tensor | None:
-        """All keys, gathered; None before the first update."""
-        return self.gather("k") if self.is_initialized else None
-
-    @keys.setter
-    def keys(self, value: Tensor | None) -> None:
-        if value is not None:
-            self._assign(value, self.values if self.is_initialized else value)
-
-    @property
-    def values(self) -> Tensor | None:
-        """All values, gathered; None before the first update."""
-        return self.gather("v") if self.is_initialized else None
-
-    @values.setter
-    def values(self, value: Tensor | None) -> None:
-        if value is not None:
-            self._assign(self.keys if self.is_initialized else value, value)
-
-    # ------------------------------------------------------------------ inside
-    def fork(self, session: Session, undo: Callable[[int], None]) -> "AlayaLayer":
-        """This layer in a forked session."""
-        other = AlayaLayer(session, self.number, undo)
-        other.dtype, other.device, other.is_initialized = self.dtype, self.device, self.is_initialized
-        return other
-
-    def _select(self, rows: Sequence[int]) -> None:
-        if self.is_initialized:
-            self._change()
-            self.session.select(self.number, rows)
-
-    def _assign(self, k: Tensor | None, v: Tensor | None) -> None:
-        assert k is not None
-        assert v is not None
-        n = min(k.shape[2], v.shape[2])
-        self.reset()
-        self.update(k[:, :, :n], v[:, :, :n])
-
-    def _change(self) -> None:
-        self.version += 1
 
 
 class AlayaCache(DynamicCache):
@@ -201,6 +62,9 @@ class AlayaCache(DynamicCache):
         most = _positions(config) if max_tokens == "auto" else max_tokens
         assert most is None or isinstance(most, int)
         self.session, self._torn = Session(engine, most), False
+        self._ids: Tensor | None = None
+        """The first tokens, as far as ``generate`` let us see them, int64 [rows, n]."""
+        self._weights: str | None = None
         undo = _weakly(self)
         if config is None:
             Cache.__init__(self, layer_class_to_replicate=_layer_maker(self.session, undo, 0))  # type: ignore[arg-type]
@@ -209,7 +73,11 @@ class AlayaCache(DynamicCache):
             tiered = (type(layer) is DynamicLayer for layer in stock)
             ours = [AlayaLayer(self.session, i, undo) if t else stock[i] for i, t in enumerate(tiered)]
             Cache.__init__(self, layers=ours)
-        for number, (keys, values, *_) in enumerate(ddp_cache_data or ()):
+        for number, (keys, values, *window) in enumerate(ddp_cache_data or ()):
+            make: Any = self.layer_class_to_replicate
+            if make is not None and window and window[0] is not None:
+                self.layers += [make() for _ in range(len(self.layers), number + 1)]
+                self.layers[number] = DynamicSlidingWindowLayer(sliding_window=int(window[0]))
             if keys is not None:  # a layer without data, as DynamicCache has them too
                 self.update(keys, values, number)
 
@@ -218,6 +86,31 @@ class AlayaCache(DynamicCache):
         """A cache for this model, which is switched to the "alaya" attention where its code allows that."""
         Switched(model)
         return cls(config=model.config, **settings)
+
+    @classmethod
+    def from_dynamic(cls, cache: DynamicCache, config: PretrainedConfig | None = None, **settings: Any) -> Self:
+        """A cache with the keys and values of a DynamicCache, which stays as it is.
+
+        config, settings: as for AlayaCache. Layers that are not plain full attention are copied.
+        """
+        made = cls(config=config, **settings)
+        undo = _weakly(made)
+        made.layers = [
+            AlayaLayer(made.session, i, undo) if type(layer) is DynamicLayer else copy.deepcopy(layer)
+            for i, layer in enumerate(cache.layers)
+        ]
+        for number, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer and layer.keys is not None and layer.values is not None:
+                made.update(layer.keys, layer.values, number)
+        return made
+
+    def to_dynamic(self) -> DynamicCache:
+        """A DynamicCache with all keys and values, which must fit in memory; this cache stays as it is."""
+        made = DynamicCache()
+        made.layers = [
+            layer.dense() if isinstance(layer, AlayaLayer) else copy.deepcopy(layer) for layer in self.layers
+        ]
+        return made
 
     # ------------------------------------------------------------------ what is ours
     def stats(self) -> Stats:
@@ -254,10 +147,51 @@ class AlayaCache(DynamicCache):
             raise
         return keys, values
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens held. When a prefill of ``generate`` asks, see ``_continue`` for what it is told and refused."""
+        length = super().get_seq_length(layer_idx)
+        if not torch.compiler.is_compiling() and (prompt := continuing.asked()) is not None:
+            return self._continue(prompt, length)
+        return length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """Position of the next token."""
+        return super().get_seq_length(layer_idx)
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding begins."""
+        if continuing.assisting() and super().get_seq_length():
+            raise InputError(
+                "assisted decoding of transformers runs the whole prompt, whatever the cache holds: pass an empty "
+                "cache, or continue this one without an assistant and without prompt lookup"
+            )
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
+
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()  # type: ignore[no-untyped-call]
-        self._torn = False
+        self._torn, self._ids, self._weights = False, None, None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens. tokens_to_remove: their negative number, as for DynamicCache."""
+        super().crop(tokens_to_remove)
+        if self._ids is not None:
+            self._ids = self._ids[:, : super().get_seq_length()]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Make the batch the rows ``beam_idx``, which share their blocks."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._select_ids(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these sequences."""
+        super().batch_select_indices(indices)
+        self._select_ids(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each sequence ``repeats`` times in a row; they share their blocks."""
+        super().batch_repeat_interleave(repeats)
+        self._ids = None if self._ids is None else self._ids.repeat_interleave(repeats, 0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = copy.copy(self)
@@ -275,8 +209,76 @@ class AlayaCache(DynamicCache):
         return other
 
     # ------------------------------------------------------------------ inside
+    def _continue(self, prompt: continuing.Prompt, length: int) -> int:
+        """How many tokens of ``prompt`` need not run. Raises InputError, ModelChanged; nothing was changed then."""
+        weights = continuing.weights_digest(prompt.model)
+        if not length:
+            self._ids, self._weights = prompt.ids if prompt.whole else None, weights
+            return 0
+        if self._weights not in (None, weights):
+            raise ModelChanged(
+                "the cache holds keys and values of other weights than the model's now: reset() it, or make a new one"
+            )
+        new_only = f"only the new tokens with an attention_mask of {length} + n ones"
+        if not prompt.whole:
+            if prompt.covered is not None and prompt.covered != length + prompt.tokens:
+                raise InputError(
+                    f"the attention_mask speaks of {prompt.covered} tokens, the cache holds {length} and "
+                    f"{prompt.tokens} are new: give the whole text, or {new_only}"
+                )
+        elif prompt.tokens < length:
+            raise InputError(
+                f"the prompt has {prompt.tokens} tokens and the cache {length} already: give the whole text so far "
+                f"and what is new, or {new_only}, or crop() the cache"
+            )
+        else:
+            self._check_ids(prompt.ids, length, new_only)
+            if prompt.tokens == length:
+                self._back_one(length)
+                length -= 1
+            self._ids = prompt.ids
+        self._weights = weights
+        return length
+
+    def _check_ids(self, ids: Tensor | None, length: int, new_only: str) -> None:
+        """Raise InputError where a prompt does not begin with the tokens in the cache, as far as they are known."""
+        if ids is None or self._ids is None or (ids.shape[0] != self._ids.shape[0] and self._ids.shape[0] != 1):
+            return
+        known = self._ids[:, :length].to(ids.device)
+        differs = (ids[:, : known.shape[1]] != known).any(0)
+        if differs.any():
+            raise InputError(
+                f"the prompt differs from the {length} tokens in the cache at position {int(differs.int().argmax())}: "
+                f"give the whole text so far and what is new, or {new_only}; for another text, crop() the cache to "
+                "what is common, or make a new one"
+            )
+
+    def _back_one(self, length: int) -> None:
+        """The last token must run again, for its logits: forget it. Raises InputError where layers cannot go back."""
+        stock: dict[int, Any] = {i: layer for i, layer in enumerate(self.layers) if not isinstance(layer, AlayaLayer)}
+        before = copy.deepcopy(stock)
+        try:
+            for layer in stock.values():
+                layer.crop(-1)
+        except Exception as error:
+            for i, layer in before.items():
+                self.layers[i] = layer
+            raise InputError(
+                f"the cache holds all {length} tokens of this prompt, and layers of this model "
+                f"({type(layer).__name__}) cannot go back to run the last one again: add a token to the prompt, or "
+                "keep a fork (copy.deepcopy) from before the last token"
+            ) from error
+        for tiered in self.layers:
+            if isinstance(tiered, AlayaLayer):
+                tiered.crop(-1)
+
+    def _select_ids(self, rows: Tensor) -> None:
+        if self._ids is not None:
+            self._ids = self._ids[torch.as_tensor(rows, device=self._ids.device)]
+
     def _undo(self, length: int) -> None:
         """A step failed: go back to ``length`` tokens in every layer."""
+        self._ids = None if self._ids is None else self._ids[:, :length]
         layers: list[Any] = self.layers
         for layer in layers:
             excess = layer.get_seq_length() - length if hasattr(layer, "get_seq_length") else 0

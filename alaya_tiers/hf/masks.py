@@ -10,7 +10,11 @@ from torch.utils import _pytree as pytree
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from alaya_tiers.cache import Visible
+from alaya_tiers.errors import UnsupportedModel
 from alaya_tiers.hf.handles import _plain
+
+_ARITHMETIC = {"add", "add_", "sub", "mul", "rsub"}
+"""A mask of ours says True where a key is seen. Code that computes with it means numbers: 0, and -inf where not."""
 
 
 class MaskSpec(Tensor):
@@ -83,6 +87,10 @@ class MaskSpec(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if (name := str(func).split(".")[1]) in _ARITHMETIC:
+            raise UnsupportedModel(
+                f"the model's own attention takes a mask of numbers ({name}): keep its attn_implementation"
+            )
         args, kwargs = pytree.tree_map_only(MaskSpec, lambda m: m.dense(skip_causal=False), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -92,6 +100,7 @@ def _at(mask: Tensor, positions: Tensor) -> Tensor:
     return functional.pad(mask, (0, max(0, int(positions.max()) + 1 - mask.numel())))[positions]
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a tensor without storage cannot be traced
 def alaya_mask(**arguments: Any) -> MaskSpec:
     """The mask function registered as "alaya"."""
     for name in ("config", "dtype"):
