@@ -1,4 +1,4 @@
-"""The README's example runs as it is written, but for the names of the model and the book."""
+"""The examples of README and docs/using.md run as they are written, but for the names of model and book."""
 
 import os
 import re
@@ -51,6 +51,17 @@ def test_the_example_runs(root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     assert output.shape == (1, 9 * 60 + 50)  # type: ignore[attr-defined]
     assert cache.get_seq_length() == 9 * 60 + 49
     cache.close()
+
+
+def test_every_way_in_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of docs/using.md, one after the other, in a folder with a model of that name."""
+    small_model(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    text = (root / "docs" / "using.md").read_text()
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        line = text[: text.index(block)].count("\n")
+        exec(compile("\n" * line + block, "docs/using.md", "exec"), names)
 
 
 def test_the_file_tree_tells_the_truth(root: Path) -> None:
