@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import bench, machine
+from alaya_tiers.tools import bench, cli, machine, overhead
 from alaya_tiers.tools.baselines import (
     COMPETITORS,
     RAM,
@@ -291,3 +291,19 @@ class TestCommand:
         result = CliRunner().invoke(bench.app, ["decode", "--quick", *SIZES, "--dir", str(tmp_path / "missing")])
         assert result.exit_code == 1
         assert "missing" in result.stderr
+
+
+def test_overhead_compares_the_same_work(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    command = ["overhead", "--prompt", "40", "--new", "3", "--rounds", "2", *SIZES, "--json", str(out)]
+    result = CliRunner().invoke(cli.app, ["bench", *command])
+    assert result.exit_code == 0, result.output
+    assert "identical" in result.output
+    found = json.loads(out.read_text())
+    assert found["same_tokens"]
+    for way in overhead.WAYS:
+        assert len(found[way]["total"]["seconds"]) == 2
+        assert found[way]["total"]["ratio"] > 0
+    wrong = CliRunner().invoke(cli.app, ["bench", "overhead", "--new", "1"])
+    assert wrong.exit_code == 2
+    assert "--new at least 2" in wrong.output

@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch import Tensor
 from transformers import DynamicCache
+from transformers.masking_utils import causal_mask_function
 
 from alaya_tiers import AlayaCache, BudgetTooSmall, GatheredWarning
 from alaya_tiers.errors import ContextTooLong, InputError, SessionClosed, StaleHandle
+from alaya_tiers.hf import alaya_mask
 from tests.tiny import BLOCK, SMALL, check_spilled, generate, padded, prompt, small_cache, tiny
 
 MODES: dict[str, dict[str, Any]] = {
@@ -319,3 +322,13 @@ def test_a_static_cache_beside_our_attention() -> None:
             input_ids=ids, past_key_values=transformers.StaticCache(config=model.config, max_cache_len=32)
         ).logits
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_compiled_static_cache_gets_real_masks() -> None:
+    """generate makes them before the compiled forward; one of ours would be compiled anew in every step."""
+    spec = alaya_mask(
+        batch_size=1, q_length=3, kv_length=8, q_offset=2, mask_function=causal_mask_function, attention_mask=None
+    )
+    real = spec.contiguous()
+    assert type(real) is Tensor
+    assert real[0, 0].tolist() == [[i <= j for i in range(8)] for j in range(2, 5)]

@@ -296,11 +296,6 @@ def plot(report: Report, path: Path) -> None:
 app = typer.Typer(help="Measure what this machine does with long contexts.", no_args_is_help=True)
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps ``decode`` a command of its own while it is the only one."""
-
-
 def parse_contexts(text: str) -> tuple[int, ...]:
     """``"8K,32K,1M"`` as numbers of tokens. Raises ConfigError."""
     units = {"K": 1 << 10, "M": 1 << 20}

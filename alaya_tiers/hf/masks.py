@@ -81,6 +81,8 @@ class MaskSpec(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.contiguous:  # generate asks this of masks for compiled caches, which need the real one
+            return args[0].dense(skip_causal=False)
         return _plain(func, args, kwargs or {})
 
     @classmethod
