@@ -5,6 +5,7 @@ mass it was normalised by. `merge` then gives the attention over the union, exac
 
     attend_blocks   few rows (decode) over blocks scattered in memory: the compiled kernel
     attend_dense    many rows (prefill) over one tensor: torch's flash attention where it applies
+    attend_causal   the same where each query token sees one key more than the one before it, without a mask
     attend_naive    the same contract as attend_dense in five lines: what the others are measured against
 
 A row is one query head of a group at one query token; all rows of a kv head share its keys and values. A block holds up
@@ -123,6 +124,56 @@ def attend_dense(
         blind = (bias == -torch.inf).all(-1).expand(lse.shape)
         out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
     return Partial(out, lse)
+
+
+def attend_causal(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, first: int, queries: int, softcap: float | None = None
+) -> Partial:
+    """attend_dense with the mask ``first + j <= i`` for key j and query token i, of which nothing is computed in vain.
+
+    q: [kv_heads, group * queries, k_dim], all query tokens of one head after those of another. k, v: [kv_heads, n, dim].
+    first: the first query token that sees key 0; below 0, query 0 sees keys up to -first.
+    """
+    heads, rows, k_dim = q.shape
+    grouped = q.reshape(heads, rows // queries, queries, k_dim)
+    parts, seen = [], max(0, -first)
+    if seen:
+        parts.append(attend_dense(q, k[:, :seen], v[:, :seen], scale, None, softcap))
+        first = 0
+    size = min(k.shape[1] - seen, queries - first)  # of the square on the diagonal
+    if size > 0:
+        keys, values = k[:, seen : seen + size], v[:, seen : seen + size]
+        out = torch.zeros(*grouped.shape[:3], v.shape[-1], device=q.device)
+        lse = torch.full(grouped.shape[:3], -torch.inf, device=q.device)
+        for head in range(grouped.shape[1]):
+            square = grouped[:, head, first : first + size]
+            out[:, head, first : first + size], lse[:, head, first : first + size] = _square(
+                square, keys, values, scale, softcap
+            )
+        if (after := first + size) < queries:
+            below = grouped[:, :, after:].reshape(heads, -1, k_dim)
+            part = attend_dense(below, keys, values, scale, None, softcap)
+            out[:, :, after:] = part.out.view(*grouped.shape[:2], -1, v.shape[-1])
+            lse[:, :, after:] = part.lse.view(*grouped.shape[:2], -1)
+        parts.append(Partial(out.view(heads, rows, -1), lse.view(heads, rows)))
+    return merge(parts) if parts else Partial(q.new_zeros(heads, rows, v.shape[-1]).float(), _blind(q))
+
+
+def _square(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Partial:
+    """As many queries as keys, query i sees keys up to i."""
+    if softcap is not None or not _flash_can(q, k, v):
+        mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+        return attend_dense(q, k, v, scale, mask, softcap)
+    width = max(k.shape[-1], v.shape[-1])
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        _padded(q, width)[None], _padded(k, width)[None], _padded(v, width)[None], is_causal=True, scale=scale
+    )
+    return Partial(out[0, ..., : v.shape[-1]].float(), lse[0].float())
+
+
+def _blind(q: Tensor) -> Tensor:
+    """The lse of rows that see nothing."""
+    return torch.full(q.shape[:2], -torch.inf, device=q.device)
 
 
 def attend_naive(

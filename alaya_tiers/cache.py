@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_dense, merge, with_sinks
+from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_causal, attend_dense, merge, with_sinks
 from alaya_tiers.blocks import Geometry
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ContextTooLong, InputError
@@ -209,15 +209,19 @@ class Session:
         group = q.shape[1] // visible.lo.size
         few = q.shape[1] <= FEW_ROWS and visible.extra is None and not latent
         lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
+        past = visible.past
         for piece in self._pieces(state, row, int(lo.min()), int(hi.max())):
             if few and isinstance(piece, BlockList):
                 yield attend_blocks(q, piece, scale, lo, hi, softcap)
                 continue
             for tile in tiles(piece, visible) if isinstance(piece, BlockList) else [piece]:
-                mask = mask_of(tile.positions, visible, group, q.shape[0], cut=tile.cut)
-                mask = mask if mask is None else mask.to(q.device)
                 k, v = (tile.rows, tile.k) if latent else (tile.k, tile.v)
-                yield attend_dense(q, k.to(q.device), v.to(q.device), scale, mask, softcap)
+                k, v = k.to(q.device), v.to(q.device)
+                if past is not None and tile.cut and tile.run is not None:
+                    yield attend_causal(q, k, v, scale, tile.run - past, visible.lo.size, softcap)
+                    continue
+                mask = mask_of(tile.positions, visible, group, q.shape[0], cut=tile.cut)
+                yield attend_dense(q, k, v, scale, None if mask is None else mask.to(q.device), softcap)
 
     def _pieces(self, state: Layer, row: Row, lo: int, hi: int) -> Iterator["BlockList | Gathered"]:
         """The blocks of positions ``lo`` to ``hi``, batch by batch, each readable until the next is asked for."""

@@ -34,6 +34,13 @@ class Visible:
     hi: npt.NDArray[np.int32]
     extra: Extra | None = None
 
+    @property
+    def past(self) -> int | None:
+        """Tokens before the first query, if query i sees just those and itself and the ones between; else None."""
+        first = int(self.hi[0]) - 1
+        ramp = np.arange(first + 1, first + 1 + self.hi.size)
+        return first if self.extra is None and not self.lo.any() and np.array_equal(self.hi, ramp) else None
+
     @classmethod
     def causal(cls, past: int, queries: int) -> "Visible":
         """Query i, at position past + i, sees itself and what came before."""
@@ -52,6 +59,12 @@ class Gathered(NamedTuple):
     k_dim: int
     positions: Tensor
     cut: bool
+
+    @property
+    def run(self) -> int | None:
+        """The first position, if they are consecutive."""
+        first, n = int(self.positions[0]), self.positions.numel()
+        return first if torch.equal(self.positions, torch.arange(first, first + n)) else None
 
     @property
     def k(self) -> Tensor:

@@ -322,6 +322,22 @@ class TestAttendDense:
         assert bool((lse[:, 1] == -torch.inf).all())
         assert_close(Partial(out, lse), attention.attend_naive(q.double(), k, v, 0.3, mask))
 
+    @pytest.mark.parametrize("softcap", [None, 5.0])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize(
+        ("queries", "keys", "first"),
+        [(9, 9, 0), (9, 20, -11), (9, 4, 0), (9, 4, 3), (9, 4, 7), (9, 4, 9), (9, 4, -4), (9, 4, -20), (1, 5, -4)],
+    )
+    def test_causal_equals_its_mask(
+        self, queries: int, keys: int, first: int, dtype: torch.dtype, softcap: float | None
+    ) -> None:
+        group = 3
+        q, (k, v) = torch.randn(2, group * queries, 16).to(dtype), random_kv(2, keys, 16, 24, dtype)
+        mask = first + torch.arange(keys) <= torch.arange(queries)[:, None]
+        got = attention.attend_causal(q, k, v, 0.3, first, queries, softcap)
+        want = attention.attend_naive(q.double(), k, v, 0.3, mask.repeat(group, 1), softcap)
+        assert_close(got, want, 2e-5 if dtype == torch.float32 else 2e-2)
+
     @pytest.mark.parametrize(("rows", "n"), [(0, 5), (3, 0), (0, 0)])
     def test_empty(self, rows: int, n: int) -> None:
         out, lse = attention.attend_dense(torch.randn(2, rows, 8), *random_kv(2, n, 8, 8, torch.float32), 0.3)
