@@ -131,7 +131,7 @@ def attend_causal(
 ) -> Partial:
     """attend_dense with the mask ``first + j <= i`` for key j and query token i, of which nothing is computed in vain.
 
-    q: [kv_heads, group * queries, k_dim], all query tokens of one head after those of another. k, v: [kv_heads, n, dim].
+    q: [kv_heads, group * queries, k_dim], all query tokens of a head after those of another. k, v: [kv_heads, n, dim].
     first: the first query token that sees key 0; below 0, query 0 sees keys up to -first.
     """
     heads, rows, k_dim = q.shape
