@@ -209,7 +209,7 @@ class Session:
         group = q.shape[1] // visible.lo.size
         few = q.shape[1] <= FEW_ROWS and visible.extra is None and not latent
         lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
-        past = visible.past
+        past = None if few else visible.past
         for piece in self._pieces(state, row, int(lo.min()), int(hi.max())):
             if few and isinstance(piece, BlockList):
                 yield attend_blocks(q, piece, scale, lo, hi, softcap)

@@ -10,6 +10,8 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, EncoderDecoderCache
 
 from alaya_tiers import AlayaCache, GatheredWarning, attach
@@ -208,3 +210,38 @@ def test_a_gradient_is_an_error_and_not_zero(model: Any, implementation: str) ->
             loss.backward()
         kept: list[Tensor] = [layer.keys for layer in cache.layers]  # type: ignore[union-attr, misc]
         assert not any(tensor.requires_grad for tensor in kept)
+
+
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The most elements any operation gave back, views of the model's weights left out."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.numel, self.operation = 0, ""
+        self._weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in pytree.tree_leaves(out):
+            if not isinstance(tensor, Tensor) or tensor.untyped_storage().data_ptr() in self._weights:
+                continue
+            if tensor.numel() > self.numel:
+                self.numel, self.operation = tensor.numel(), str(func)
+        return out
+
+
+def test_a_step_builds_nothing_as_long_as_the_context_but_token_ids() -> None:
+    model = tiny(max_position_embeddings=8192, num_hidden_layers=2)
+    model.set_attn_implementation("alaya")
+    with AlayaCache(config=model.config, device_budget="1MiB", host_budget="8MiB", block_tokens=64) as cache:
+        k = torch.randn(1, 2, 6000, 16)
+        for layer in range(2):
+            cache.update(k, k, layer)
+        with _Largest(model) as largest, torch.no_grad():
+            model(input_ids=torch.ones(1, 1, dtype=torch.long), past_key_values=cache)
+        assert largest.numel < 1000, largest.operation
+        with _Largest(model) as largest:
+            ids, mask = torch.ones(1, 1, dtype=torch.long), torch.ones(1, 6002, dtype=torch.long)
+            model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=3)
+        assert largest.numel < 6010, largest.operation  # positions, one number a token
+        assert cache.stats().gathered == 0
