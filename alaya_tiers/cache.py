@@ -16,7 +16,7 @@ from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_caus
 from alaya_tiers.blocks import Geometry
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ContextTooLong, InputError
-from alaya_tiers.layer import Layer, Row
+from alaya_tiers.layer import AtHand, Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.stats import Stats, TierUse
 from alaya_tiers.view import Gathered, Visible, mask_of, positions_of, tiles
@@ -229,19 +229,36 @@ class Session:
         hi = min(hi, state.length)
         if hi <= lo:
             return
+        whole = lo < size and hi == state.length
+        if whole and (known := row.at_hand) is not None and known.blocks.starts.size == row.runs:
+            held = self.engine.pin_again(known.ids, known.moves, known.device_bytes, known.host_bytes)
+            if held is not None:
+                try:
+                    known.blocks.counts[-1] = state.length - int(known.blocks.starts[-1])
+                    yield known.blocks
+                finally:
+                    self.engine.unpin(known.ids, used=True)
+                self.engine.read_ahead(partial(self._upcoming, state.number))
+                return
         runs = np.arange(lo // size, -(-hi // size))
         starts = (runs * size).astype(np.int32)
         counts = np.minimum(size, state.length - starts).astype(np.int32)
         ids = state.ids(row.first[runs[0] : runs[-1] + 1])
+        book = self.engine.mover.ledger
         for columns, batch in self.engine.reading(ids, partial(self._upcoming, state.number)):
-            here = self.engine.on_cpu(batch).all(0)
+            here, moves = self.engine.on_cpu(batch).all(0), book.moves
             if not here.all():
                 there = np.flatnonzero(~here)
                 yield _gathered(state, batch[:, there], starts[columns[there]], counts[columns[there]])
                 columns, batch = columns[here], batch[:, here]
             if columns.size:
                 addresses = self.engine.addresses(batch)
-                yield BlockList(addresses, starts[columns], counts[columns], g.k_dim, g.v_dim, g.dtype)
+                blocks = BlockList(addresses, starts[columns], counts[columns], g.k_dim, g.v_dim, g.dtype)
+                if whole and batch is ids and book.moves == moves:  # the pinned stay; what moved would have counted
+                    on_device = int(np.count_nonzero(book.device[ids] >= 0)) * state.shape.nbytes
+                    rest = ids.size * state.shape.nbytes - on_device
+                    row.at_hand = AtHand(moves, ids.ravel(), blocks, on_device, rest)
+                yield blocks
 
     def _upcoming(self, layer: int) -> Iterator[Ids]:
         """Block ids in the order exact attention will read them after ``layer``."""

@@ -204,7 +204,7 @@ class Engine:
                 yield np.arange(ids.shape[1]), ids
             finally:
                 self.unpin(flat, used=True)
-            self._read_ahead(upcoming)
+            self.read_ahead(upcoming)
             del held
             return
         cold = np.flatnonzero(~here)
@@ -218,7 +218,7 @@ class Engine:
                 self.unpin(flat, used=True)
             while (columns := loads.next()) is not None:
                 if loads.all_started:
-                    self._read_ahead(upcoming)
+                    self.read_ahead(upcoming)
                 batch = ids[:, columns]
                 try:
                     yield columns, batch
@@ -227,6 +227,38 @@ class Engine:
         finally:
             loads.abandon()
             del held
+
+    def pin_again(self, flat: Ids, moves: int, device_bytes: int, host_bytes: int) -> object | None:
+        """Pin blocks that were all in memory when the ledger had counted ``moves``; None when something moved since.
+
+        Keep what is returned until the blocks are unpinned. The bytes are what the blocks have in each tier.
+        """
+        mover = self.mover
+        with mover.lock:
+            if mover.ledger.moves != moves:
+                return None
+            held = mover.hold()
+            mover.ledger.pin(flat)
+        self.touched.device += device_bytes
+        self.touched.host += host_bytes
+        return held
+
+    def read_ahead(self, upcoming: Callable[[], Iterator[Ids]]) -> None:
+        """Hand the reader the next cold blocks, as many as it may read ahead."""
+        mover = self.mover
+        if not mover.may_read_ahead():
+            return
+        room, found = int(self.settings.prefetch_share * mover.host.capacity), []
+        for ids in upcoming():
+            with mover.lock:
+                flat = ids.T.ravel()
+                flat = flat[~mover.ledger.readable(flat) & ~mover.ledger.coming(flat)]
+            found.append(flat[:room])
+            room -= found[-1].size
+            if room <= 0:
+                break
+        if found and (cold := np.concatenate(found)).size:
+            self._bridge.call(partial(mover.kick_reader, cold))
 
     def addresses(self, ids: Ids) -> Addresses:
         """Where pinned blocks that are ``on_cpu`` lie, int64 of the shape of ``ids``."""
@@ -244,23 +276,6 @@ class Engine:
         mover = self.mover
         slot = int(mover.ledger.device[block])
         return mover.device.tensor(slot) if slot >= 0 else mover.host.tensor(int(mover.ledger.host[block]))
-
-    def _read_ahead(self, upcoming: Callable[[], Iterator[Ids]]) -> None:
-        """Hand the reader the next cold blocks, as many as it may read ahead."""
-        mover = self.mover
-        if not mover.may_read_ahead():
-            return
-        room, found = int(self.settings.prefetch_share * mover.host.capacity), []
-        for ids in upcoming():
-            with mover.lock:
-                flat = ids.T.ravel()
-                flat = flat[~mover.ledger.readable(flat) & ~mover.ledger.coming(flat)]
-            found.append(flat[:room])
-            room -= found[-1].size
-            if room <= 0:
-                break
-        if found and (cold := np.concatenate(found)).size:
-            self._bridge.call(partial(mover.kick_reader, cold))
 
     def _count(self, ids: Ids) -> None:
         """Note where attention found blocks of one layer that are in memory."""

@@ -1,19 +1,33 @@
 """The KV of one layer: which blocks, in which order, for each sequence of the batch."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from alaya_tiers.attention import write_rows
+from alaya_tiers.attention import BlockList, write_rows
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.engine import Engine
 from alaya_tiers.ledger import Ids
 
 
+class AtHand(NamedTuple):
+    """All blocks of a row, when all of them were in memory the CPU reads and the ledger had counted ``moves``."""
+
+    moves: int
+    ids: Ids
+    blocks: BlockList
+    device_bytes: int
+    host_bytes: int
+
+
 class Row:
     """One sequence of a layer: the first block id of each run of tokens, oldest first."""
+
+    at_hand: AtHand | None = None
+    """What the last attention found, so that the next one need not look for it again."""
 
     def __init__(self, stream: int, first: npt.NDArray[np.int64] | None = None) -> None:
         self.stream = stream

@@ -85,6 +85,8 @@ class Ledger:
         self._made = 0
         self._reusable: dict[int, list[int]] = {}  # group size -> first ids of dead groups
         self._group = np.empty(0, np.int32)
+        self.moves = 0
+        """Grows whenever a block comes into memory, leaves it, or changes its place there."""
         self.tick = 0
         self.pass_tick = 0
         self.cursor = 0
@@ -92,6 +94,7 @@ class Ledger:
     # ------------------------------------------------------------------ life of a block
     def opened(self, layer: int, stream: int, start: int, slots: Slots) -> int:
         """New open blocks, one for each kv head, in device ``slots``; the first id (the others follow)."""
+        self.moves += 1
         first = self._new_ids(len(slots))
         ids = np.arange(first, first + len(slots))
         for name, (_, default) in _FIELDS.items():
@@ -134,6 +137,7 @@ class Ledger:
         assert (self.host[ids] < 0).all(), "a block was demoted that the host already has"
         assert self.sealed[ids].all(), "an open block was demoted"
         freed = self.device[ids]
+        self.moves += 1
         self.device[ids], self.host[ids] = NOWHERE, slots
         return freed
 
@@ -159,6 +163,7 @@ class Ledger:
 
     def fetched(self, ids: Ids) -> Freed:
         """The read is complete and verified. It does not count as a use of the present pass: attention is to come."""
+        self.moves += 1
         self.busy[ids], self.used[ids] = IDLE, self.pass_tick - 1
         return self._reap(ids)
 
@@ -172,6 +177,7 @@ class Ledger:
         """The host copies of clean blocks are given up; their slots."""
         assert self.droppable(ids).all(), "a block was dropped that is dirty, pinned or busy"
         slots = self.host[ids]
+        self.moves += 1
         self.host[ids], self.ahead[ids] = NOWHERE, False
         return slots
 
@@ -263,6 +269,7 @@ class Ledger:
         dead = ids[(self.refs[ids] == 0) & (self.pins[ids] == 0) & (self.busy[ids] == IDLE)]
         if not dead.size:
             return NOTHING
+        self.moves += 1
         device, host, file = self.device[dead], self.host[dead], self.file[dead]
         freed = Freed(device[device >= 0], host[host >= 0], file[file >= 0])
         self.device[dead] = self.host[dead] = self.file[dead] = NOWHERE

@@ -55,7 +55,6 @@ class AlayaLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     ) -> Tensor:
         """Exact attention; see TieredLayer."""
 
-        @torch.no_grad()
         def run() -> Tensor:
             try:
                 rows = [visible(r) for r in range(query.shape[0])]
@@ -67,7 +66,8 @@ class AlayaLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if query.requires_grad and torch.is_grad_enabled():
             found: Tensor = _NoGradient.apply(query, run)  # type: ignore[no-untyped-call]
             return found
-        return run()
+        with torch.no_grad():
+            return run()
 
     def gather(self, role: str) -> Tensor:
         """All of K ("k") or V ("v") as one tensor."""
