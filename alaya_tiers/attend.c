@@ -16,6 +16,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <time.h>
+#include "pool.h"
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define X86 1
@@ -30,7 +31,7 @@ enum { NEAR = 4 }; /* tokens */
 #define FETCH_FAR(p) __builtin_prefetch((p), 0, 2)  /* a tile ahead, into L2: into L1 it is half as fast */
 #define FETCH_NEAR(p) __builtin_prefetch((p), 0, 3) /* NEAR tokens ahead, from L2 into L1: 1.1x, see decisions/001 */
 enum { PIECES = 8 };      /* pieces per thread, so that a thread that loses its core does not hold up the others */
-enum { PIECE_BYTES = 1 << 16, THREAD_BYTES = 1 << 17, MAX_THREADS = 256, PATIENCE = 4000 };
+enum { PIECE_BYTES = 1 << 16, THREAD_BYTES = 1 << 17, MAX_THREADS = ALAYA_MAX_THREADS, PATIENCE = 4000 };
 
 typedef struct { int32_t block, first, count, position; int64_t before; } span; /* before: tokens in earlier spans */
 
@@ -94,21 +95,6 @@ static cursor seek(const job *j, int64_t head, int64_t first, int64_t last)
     }
     return (cursor){a, first - j->spans[a].before, last - first, j->addresses + head * j->address_stride};
 }
-
-#define NAME2(name, vl) name##_##vl
-#define NAME1(name, vl) NAME2(name, vl)
-#define NAME(name) NAME1(name, VL)
-#define UNROLL _Pragma("GCC unroll 4")
-#define INLINE static inline __attribute__((always_inline))
-
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
-#else
-#define SHUFFLE4(a, b, i, j, k, l) __builtin_shuffle(a, b, (i4){i, j, k, l})
-#endif
-typedef float f4 __attribute__((vector_size(16)));
-typedef float f8 __attribute__((vector_size(32)));
-typedef int32_t i4 __attribute__((vector_size(16)));
 
 #ifdef X86
 #ifdef __clang__
@@ -249,7 +235,7 @@ static void run_borrowed(batch *b, int64_t threads)
     if (now() - b->ended > LATE_NS + (b->ended - b->began) / 4) atomic_store(&shunned, SHUN_CALLS);
 }
 
-static void run(int64_t threads, void (*one)(void *, int64_t, int64_t), void *j, int64_t items, int may_borrow)
+void alaya_run(int64_t threads, void (*one)(void *, int64_t, int64_t), void *j, int64_t items, int may_borrow)
 {
     batch b = {.one = one, .job = j, .items = items};
     if (threads > items) threads = items;
@@ -340,6 +326,17 @@ static int64_t plan(job *j, int64_t threads)
     return threads;
 }
 
+static void (*best_piece(void))(const job *, int64_t, int64_t, int64_t, float *, float *)
+{
+#ifdef X86
+    if (ALAYA_MOST >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+        return attend_piece_16;
+    if (ALAYA_MOST >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return attend_piece_8;
+#endif
+    return attend_piece_4;
+}
+
 /* Returns 0, or -1 when memory ran out. softcap 0 is none. */
 int alaya_attend_blocks(int64_t threads, const float *q, const int64_t *addresses,
                  const int32_t *starts, const int32_t *counts, const int32_t *lo, const int32_t *hi, int64_t heads,
@@ -351,14 +348,7 @@ int alaya_attend_blocks(int64_t threads, const float *q, const int64_t *addresse
              .heads = heads, .rows = rows, .blocks = blocks,
              .k_dim = k_dim, .v_dim = v_dim, .k_pad = up(k_dim, 16), .v_pad = up(v_dim, 16), .dtype = dtype,
              .row_bytes = (k_dim + v_dim) * itemsize, .itemsize = itemsize, .scale = scale, .softcap = softcap,
-             .out = out, .lse = lse, .piece = attend_piece_4};
-#ifdef X86
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl"))
-        j.piece = attend_piece_16;
-    else if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        j.piece = attend_piece_8;
-#endif
+             .out = out, .lse = lse, .piece = best_piece()};
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     if (!(j.spans = malloc(sizeof(span) * (size_t)(blocks + 1)))) return -1;
     find_spans(&j, starts, counts);
@@ -369,7 +359,7 @@ int alaya_attend_blocks(int64_t threads, const float *q, const int64_t *addresse
         j.scratch = j.results + heads * j.pieces * j.stride;
         j.missing = (atomic_int *)(j.results + floats);
         for (int64_t h = 0; h < heads; h++) atomic_init(&j.missing[h], (int)j.pieces);
-        run(threads, one_piece, &j, heads * j.pieces, 1);
+        alaya_run(threads, one_piece, &j, heads * j.pieces, 1);
     } else {
         memset(out, 0, sizeof(float) * heads * rows * v_dim);
         for (int64_t i = 0; i < heads * rows; i++) lse[i] = -INFINITY;
@@ -377,6 +367,67 @@ int alaya_attend_blocks(int64_t threads, const float *q, const int64_t *addresse
     int failed = j.tokens && !j.results;
     free(j.results);
     free(j.spans);
+    return failed ? -1 : 0;
+}
+
+/* Attention of each head over tokens of its own: addresses[first[h] .. first[h + 1]) are their rows. */
+typedef struct { job *heads; const int64_t *before; int64_t n; } lists; /* before: items of earlier heads */
+
+static void one_list_piece(void *data, int64_t item, int64_t worker)
+{
+    lists *l = data;
+    int64_t h = 0;
+    while (l->before[h + 1] <= item) h++;
+    one_piece(&l->heads[h], item - l->before[h], worker);
+}
+
+/* Returns 0, or -1 when memory ran out. */
+int alaya_attend_lists(int64_t threads, const float *q, const int64_t *addresses, const int64_t *first, int64_t heads,
+                       int64_t rows, int64_t k_dim, int64_t v_dim, int32_t dtype, float scale, float softcap,
+                       float *out, float *lse)
+{
+    int64_t tokens = first[heads], most = 0, itemsize = dtype == F32 ? 4 : 2, pieces = 0, scratch;
+    for (int64_t h = 0; h < heads; h++)
+        if (first[h + 1] - first[h] > most) most = first[h + 1] - first[h];
+    job shape = {.heads = 1, .rows = rows, .k_dim = k_dim, .v_dim = v_dim, .k_pad = up(k_dim, 16), .v_pad = up(v_dim, 16),
+                 .dtype = dtype, .row_bytes = (k_dim + v_dim) * itemsize, .itemsize = itemsize, .scale = scale,
+                 .softcap = softcap, .tokens = most, .piece = best_piece()};
+    if (threads > MAX_THREADS) threads = MAX_THREADS;
+    threads = plan(&shape, threads);
+    scratch = shape.scratch_floats;
+    int32_t *limits = malloc(sizeof(int32_t) * (size_t)rows * 2);
+    job *jobs = malloc(sizeof(job) * (size_t)heads);
+    int64_t *before = malloc(sizeof(int64_t) * (size_t)(heads + 1));
+    span *spans = malloc(sizeof(span) * (size_t)(tokens + 1));
+    for (int64_t h = 0; h < heads; h++) pieces += (first[h + 1] - first[h] + shape.per_piece - 1) / shape.per_piece;
+    size_t floats = (size_t)(pieces * shape.stride + threads * scratch);
+    float *results = aligned_alloc(64, up(floats * sizeof(float) + heads * sizeof(atomic_int) + 64, 64));
+    int failed = !limits || !jobs || !before || !spans || !results;
+    if (!failed) {
+        for (int64_t r = 0; r < rows; r++) limits[r] = 0, limits[rows + r] = INT32_MAX;
+        before[0] = 0;
+        for (int64_t h = 0; h < heads; h++) {
+            job *j = &jobs[h];
+            *j = shape;
+            j->tokens = j->n_spans = first[h + 1] - first[h];
+            j->q = q + h * rows * k_dim, j->out = out + h * rows * v_dim, j->lse = lse + h * rows;
+            j->addresses = addresses + first[h], j->spans = spans + first[h];
+            j->lo = limits, j->hi = limits + rows;
+            for (int64_t i = 0; i < j->tokens; i++) j->spans[i] = (span){(int32_t)i, 0, 1, (int32_t)i, i};
+            j->pieces = (j->tokens + shape.per_piece - 1) / shape.per_piece;
+            j->results = results + before[h] * shape.stride, j->scratch = results + pieces * shape.stride;
+            j->missing = (atomic_int *)(results + floats) + h;
+            atomic_init(j->missing, (int)j->pieces);
+            before[h + 1] = before[h] + j->pieces;
+            if (!j->pieces) {
+                memset(j->out, 0, sizeof(float) * (size_t)(rows * v_dim));
+                for (int64_t r = 0; r < rows; r++) j->lse[r] = -INFINITY;
+            }
+        }
+        lists l = {jobs, before, heads};
+        alaya_run(threads, one_list_piece, &l, pieces, 1);
+    }
+    free(results), free(spans), free(before), free(jobs), free(limits);
     return failed ? -1 : 0;
 }
 
@@ -393,7 +444,7 @@ void alaya_copy_blocks(int64_t threads, const int64_t *src, const int64_t *dst, 
                 int64_t n)
 {
     copies c = {src, dst, bytes};
-    run(threads, one_copy, &c, n, 0);
+    alaya_run(threads, one_copy, &c, n, 0);
 }
 
 typedef struct {
@@ -419,27 +470,17 @@ void alaya_write_rows(int64_t threads, const char *k, const char *v, const int64
                  int64_t k_bytes, int64_t v_bytes)
 {
     writes w = {k, v, addresses, n, k_head, k_token, v_head, v_token, k_bytes, v_bytes};
-    run(threads, one_write, &w, heads, 0);
+    alaya_run(threads, one_write, &w, heads, 0);
 }
 
 #else /* once per instruction set from here on */
 
-typedef float NAME(vf) __attribute__((vector_size(4 * VL)));
-typedef int32_t NAME(vi) __attribute__((vector_size(4 * VL)));
-typedef uint32_t NAME(vu) __attribute__((vector_size(4 * VL)));
-typedef uint16_t NAME(vh) __attribute__((vector_size(2 * VL)));
-#define vf NAME(vf)
-#define vi NAME(vi)
-#define vu NAME(vu)
-#define vh NAME(vh)
+#include "vector.h"
 #if VL == 8
 #define ROWS 2 /* rows at a time: what 16 registers hold */
 #else
 #define ROWS 4
 #endif
-
-INLINE vf NAME(pick)(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
-#define pick NAME(pick)
 
 /* VL numbers of any storage dtype, exactly, as floats. */
 INLINE vf NAME(load)(const char *p, int dtype)
@@ -485,46 +526,6 @@ INLINE vf NAME(load_tail)(const char *p, int64_t n, int dtype)
 }
 #define load_tail NAME(load_tail)
 
-INLINE vf NAME(loadf)(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
-INLINE void NAME(storef)(float *p, vf x) { memcpy(p, &x, sizeof x); }
-#define loadf NAME(loadf)
-#define storef NAME(storef)
-
-INLINE f4 NAME(fold)(vf x)
-{
-    f4 half[2];
-#if VL == 16
-    f8 eight[2];
-    memcpy(eight, &x, sizeof x);
-    eight[0] += eight[1];
-    memcpy(half, eight, sizeof half);
-#elif VL == 8
-    memcpy(half, &x, sizeof half);
-#else
-    half[0] = x, half[1] = (f4){0};
-#endif
-    return half[0] + half[1];
-}
-#define fold NAME(fold)
-
-INLINE float NAME(total)(vf x)
-{
-    f4 part = fold(x);
-    return (part[0] + part[1]) + (part[2] + part[3]);
-}
-
-INLINE float NAME(largest)(vf x)
-{
-    f4 part[VL / 4];
-    memcpy(part, &x, sizeof x);
-    for (int i = 1; i < VL / 4; i++) {
-        i4 more = part[i] > part[0];
-        part[0] = (f4)((more & (i4)part[i]) | (~more & (i4)part[0]));
-    }
-    float a = part[0][0] > part[0][1] ? part[0][0] : part[0][1], b = part[0][2] > part[0][3] ? part[0][2] : part[0][3];
-    return a > b ? a : b;
-}
-
 INLINE f4 NAME(sums)(vf a, vf b, vf c, vf d)
 {
     f4 w = fold(a), x = fold(b), y = fold(c), z = fold(d);
@@ -532,19 +533,6 @@ INLINE f4 NAME(sums)(vf a, vf b, vf c, vf d)
     f4 yz = SHUFFLE4(y, z, 0, 4, 1, 5) + SHUFFLE4(y, z, 2, 6, 3, 7);
     return SHUFFLE4(wx, yz, 0, 1, 4, 5) + SHUFFLE4(wx, yz, 2, 3, 6, 7);
 }
-
-/* exp to about 1e-7 relative; 0 below -87. NaN stays NaN. */
-INLINE vf NAME(vexp)(vf x)
-{
-    vi tiny = x < -87.0f;
-    vf big = x * 1.44269504f + 12582912.0f, n = big - 12582912.0f;
-    vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vf p = ((((1.3981999507e-3f * r + 8.3334519073e-3f) * r + 4.1665795894e-2f) * r + 1.6666665459e-1f) * r + 0.5f);
-    p = p * r * r + r + 1.0f;
-    p *= (vf)(((vu)big << 23) + 0x3f800000u); /* 2^n: n is in the low bits of big */
-    return (vf)(~tiny & (vi)p);
-}
-#define vexp NAME(vexp)
 
 /* s[row][token] = q[row] . k[token] for R rows (kp floats apart) and 4 tokens, which more tokens follow in row. */
 INLINE void NAME(dots)(const float *q, int64_t kp, const char *const *row, int64_t k_dim, int dtype, int R, float *s)
@@ -699,16 +687,8 @@ static void NAME(attend_piece)(const job *j, int64_t head, int64_t first, int64_
     }
 }
 
-#undef vf
-#undef vi
-#undef vu
-#undef vh
+#include "vector_end.h"
 #undef ROWS
-#undef pick
 #undef load
 #undef load_tail
-#undef loadf
-#undef storef
-#undef fold
-#undef vexp
 #endif

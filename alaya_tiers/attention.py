@@ -4,6 +4,7 @@ Attention over a set of tokens can be computed in parts, wherever the parts are,
 mass it was normalised by. `merge` then gives the attention over the union, exactly.
 
     attend_blocks   few rows (decode) over blocks scattered in memory: the compiled kernel
+    attend_lists    few rows over single tokens, other ones for each head: what an index found
     attend_dense    many rows (prefill) over one tensor: torch's flash attention where it applies
     attend_causal   the same where each query token sees one key more than the one before it, without a mask
     attend_naive    the same contract as attend_dense in five lines: what the others are measured against
@@ -97,6 +98,31 @@ def attend_blocks(
         query, blocks.addresses, blocks.starts, blocks.counts, (k_dim, blocks.v_dim, code), scale, softcap or 0.0,
         low, high, out, lse,
     )  # fmt: skip
+    return Partial(out, lse) if q.is_cpu else Partial(out.to(q.device), lse.to(q.device))
+
+
+def attend_lists(
+    q: Tensor,
+    addresses: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    k_dim: int,
+    v_dim: int,
+    dtype: torch.dtype,
+    scale: float,
+    softcap: float | None = None,
+) -> Partial:
+    """Attention of a few rows over tokens of each head's own, each a row [k | v] in memory.
+
+    q: [kv_heads, rows, k_dim], any float dtype. addresses: int64 [all tokens], head after head; first: int64
+    [kv_heads + 1], where each head's begin and the last one's end. dtype: one of kernel.DTYPES.
+    """
+    heads, rows, _ = q.shape
+    query = q.detach().to("cpu", torch.float32).contiguous()
+    out, lse = torch.empty(heads, rows, v_dim), torch.empty(heads, rows)
+    dims = (k_dim, v_dim, kernel.DTYPES[dtype])
+    kernel.attend_lists(
+        query, np.ascontiguousarray(addresses), np.ascontiguousarray(first), dims, scale, softcap or 0.0, out, lse
+    )
     return Partial(out, lse) if q.is_cpu else Partial(out.to(q.device), lse.to(q.device))
 
 

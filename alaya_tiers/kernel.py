@@ -43,6 +43,10 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     attend_arguments: list[type[Any]] = [number] + [pointer] * 6 + [number] * 6
     library.alaya_attend_blocks.argtypes = attend_arguments + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 2
+    library.alaya_attend_lists.argtypes = (
+        [number] + [pointer] * 3 + [number] * 4 + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 2
+    )
+    library.alaya_scan.argtypes = [number] + [pointer] * 5 + [number] * 8 + [ctypes.c_float] * 4 + [pointer] * 6
     library.alaya_copy_blocks.argtypes = [number, pointer, pointer, pointer, number]
     library.alaya_copy_blocks.restype = None
     library.alaya_write_rows.argtypes = [number, pointer, pointer, pointer, *[number] * 8]
@@ -87,6 +91,55 @@ def attend(
         raise MemoryError("no memory for the partial results of attention")
 
 
+def attend_lists(
+    q: Tensor,
+    addresses: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    dims: tuple[int, int, int],
+    scale: float,
+    softcap: float,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """attention.attend_lists on contiguous arguments. dims as for ``attend``. Raises MemoryError."""
+    heads, rows, _ = q.shape
+    failed = _library().alaya_attend_lists(
+        torch.get_num_threads(), q.data_ptr(), _address(addresses), _address(first), heads, rows, *dims, scale, softcap,
+        out.data_ptr(), lse.data_ptr(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the partial results of attention")
+
+
+def scan(
+    q: Tensor,
+    blocks: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int32],
+    count: npt.NDArray[np.int32],
+    seed: Tensor,
+    dims: tuple[int, int, int, int, int],
+    numbers: tuple[float, float, float, float],
+    found: npt.NDArray[np.int32],
+    n_found: npt.NDArray[np.int64],
+    top: Tensor,
+    rest: Tensor,
+    lse: Tensor,
+    scratch: npt.NDArray[np.uint8],
+) -> None:
+    """index.codes.scan on contiguous arguments. Raises MemoryError.
+
+    dims: dims, v_dim, tokens of a coded block, bits, budget. numbers: scale, softcap, reach, share of an error allowed.
+    """
+    heads, rows, _ = q.shape
+    failed = _library().alaya_scan(
+        torch.get_num_threads(), q.data_ptr(), _address(blocks), _address(first), _address(count), seed.data_ptr(),
+        heads, rows, blocks.shape[1], *dims, *numbers,
+        _address(found), _address(n_found), top.data_ptr(), rest.data_ptr(), lse.data_ptr(), _address(scratch),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError("no memory for the hits of a scan")
+
+
 def copy(
     src: npt.NDArray[np.int64], dst: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], threads: int | None
 ) -> None:
@@ -112,6 +165,6 @@ def _threads(nbytes: int) -> int:
     return torch.get_num_threads() if nbytes >= _COPY_PAYS else 1
 
 
-def _address(array: npt.NDArray[np.int64] | npt.NDArray[np.int32]) -> int:
+def _address(array: npt.NDArray[Any]) -> int:
     address: int = array.__array_interface__["data"][0]
     return address

@@ -1,6 +1,7 @@
 """Pure search: which keys of a partition matter for a query (DIPR)."""
 
 from alaya_tiers.index.base import Found, Index
+from alaya_tiers.index.codes import Codes
 from alaya_tiers.index.flat import Flat
 
-__all__ = ["Flat", "Found", "Index"]
+__all__ = ["Codes", "Flat", "Found", "Index"]

@@ -11,9 +11,8 @@ import torch
 
 from alaya_tiers.blocks import PAGE
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, IOFailed
-from alaya_tiers.index import Flat, Index
 from alaya_tiers.policies import EvictionPolicy, Lru, Scan, Window
-from alaya_tiers.testing import EvictionPolicyTests, Fault, IndexTests, MemoryTierTests
+from alaya_tiers.testing import EvictionPolicyTests, Fault, MemoryTierTests
 from alaya_tiers.tiers.base import Accountant, MemoryTier
 from alaya_tiers.tiers.device import DeviceTier
 from alaya_tiers.tiers.host import HostTier
@@ -50,11 +49,6 @@ class TestScan(EvictionPolicyTests):
 class TestWindow(EvictionPolicyTests):
     def make(self) -> EvictionPolicy:
         return Window(32)
-
-
-class TestFlat(IndexTests):
-    def make(self, keys: torch.Tensor) -> Index:
-        return Flat(keys)
 
 
 # ---------------------------------------------------------------------- the mover

@@ -26,7 +26,7 @@ fail() {
 
 # --- nothing to do? ---------------------------------------------------------------------------------------------------
 # The stamp names this tree and all that decides what gets installed; dev includes run.
-sum=$(cat pyproject.toml constraints.txt tools/setup.sh alaya_tiers/*.c | cksum)
+sum=$(cat pyproject.toml constraints.txt tools/setup.sh alaya_tiers/*.[ch] | cksum)
 fresh() { [ -x "$venv/bin/python" ] && [ "$(cat "$venv/.alaya-$1" 2>/dev/null)" = "$PWD $sum" ]; }
 if fresh dev || { [ "$want" = run ] && fresh run; }; then exit 0; fi
 

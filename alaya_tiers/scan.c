@@ -1,0 +1,468 @@
+/* Which keys matter: a scan of low-bit codes of keys that finds every one that may be within reach of the best score, and
+ * estimates the attention of all others. index/codes.py says what a code is and why the bounds hold.
+ *
+ * A block of codes lies in memory as floats head[4] (ratio, slack, width of the key's error; unused), mean key [dims],
+ * mean value [v_dim], scale [tokens], then the codes: 16 tokens x 4 dims together (8 bits), 16 tokens x 8 dims (4 bits,
+ * the first four dims in the low halves). tokens is a multiple of 16, dims of 8.
+ *
+ * Pieces of a head's blocks are scanned by threads, each against the best score it knows; then one pass per head drops
+ * what the best of all pieces rules out.
+ *
+ * Like attend.c this file includes itself once per instruction set.
+ */
+#ifndef VL
+#define _GNU_SOURCE
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include "pool.h"
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define X86 1
+#endif
+
+enum { HEAD = 4, RATIO = 0, SLACK = 1, LANES = 16, MAX_ROWS = 64, GROUP = 4 }; /* GROUP: rows at a time */
+enum { PIECE_TOKENS = 1 << 13 }; /* tokens a thread scans at a time */
+
+typedef struct {
+    int32_t token;       /* number of the block x tokens of a block + offset in it */
+    float width, scale;  /* of the key's error, and of its code */
+} hit;
+
+typedef struct scan {
+    const float *q;                 /* [heads][rows][dims], rotated */
+    const int64_t *blocks;          /* [heads][n] */
+    const int32_t *first, *count;   /* [n]: which tokens of a block are asked for */
+    const float *seed;              /* [heads][rows]: a score that is known to be there, scaled and capped; -inf: none */
+    int64_t heads, rows, n, dims, v_dim, tokens, bits, budget;
+    float scale, softcap, reach, sure;
+    int32_t *found;                 /* [heads][n * tokens] */
+    int64_t *n_found;               /* [heads] */
+    float *top, *mass, *lse;        /* [heads][rows]; [heads][rows][v_dim]; [heads][rows] */
+    int64_t per_piece, pieces;      /* blocks of a piece; pieces of a head */
+    int8_t *q8;                     /* [heads][rows][2][dims]: q = unit x (128 high + low), -64 <= low < 64 */
+    int32_t *q_sum;                 /* [heads][rows]: sum of 128 high + low */
+    float *q_unit, *q_norm, *q_error; /* [heads][rows]; error: what the rounding of q costs per unit of a code's scale */
+    hit *hits;                      /* [heads][n * tokens] */
+    float *scores;                  /* [heads][n * tokens][rows]: of the hits, unscaled */
+    int64_t *n_hits;                /* [heads][pieces] */
+    float *piece_top;               /* [heads][pieces][rows] */
+    float *piece_mass;              /* [heads][pieces][rows][v_dim + 2]: sum of weighted values, largest score, weight */
+    void (*piece)(const struct scan *, int64_t, int64_t);
+} scan;
+
+static float cap(float x, float c) { return c > 0 ? c * tanhf(x / c) : x; }
+
+/* The smallest unscaled score whose scaled and capped one is at least x. */
+static float uncap(float x, float scale, float c)
+{
+    if (c > 0) x = x <= -c ? -INFINITY : x >= c ? INFINITY : c * atanhf(x / c);
+    return x / scale;
+}
+
+static float bound(const scan *f, int64_t hr, float width, float scale)
+{
+    return f->sure * f->q_norm[hr] * width + f->q_error[hr] * scale;
+}
+
+#ifdef X86
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+#endif
+#define VL 16
+#include "scan.c"
+#undef VL
+#ifdef __clang__
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define VL 8
+#include "scan.c"
+#undef VL
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+#endif
+#define VL 4
+#include "scan.c"
+#undef VL
+
+static void one_scan_piece(void *data, int64_t item, int64_t worker)
+{
+    const scan *f = data;
+    (void)worker;
+    f->piece(f, item / f->pieces, item % f->pieces);
+}
+
+static const float *block_of(const scan *f, int64_t head, int32_t token)
+{
+    return (const float *)f->blocks[head * f->n + token / f->tokens];
+}
+
+/* Put back what turned out not to matter: into the estimate. */
+static void drop(const scan *f, int64_t head, int32_t token, const float *scores, float *sums)
+{
+    const float *mean_v = block_of(f, head, token) + HEAD + f->dims;
+    for (int64_t r = 0; r < f->rows; r++) {
+        float *sum = sums + r * (f->v_dim + 2), x = cap(scores[r] * f->scale, f->softcap);
+        if (x > sum[f->v_dim]) {
+            float shrink = sum[f->v_dim] == -INFINITY ? 0 : expf(sum[f->v_dim] - x);
+            for (int64_t d = 0; d < f->v_dim; d++) sum[d] *= shrink;
+            sum[f->v_dim + 1] *= shrink;
+            sum[f->v_dim] = x;
+        }
+        float weight = expf(x - sum[f->v_dim]);
+        for (int64_t d = 0; d < f->v_dim; d++) sum[d] += weight * mean_v[d];
+        sum[f->v_dim + 1] += weight;
+    }
+}
+
+static int descending(const void *a, const void *b)
+{
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x < y) - (x > y);
+}
+
+/* All pieces of a head: its best score, the hits it leaves, the estimate of the rest. */
+static void finish_head(void *data, int64_t head, int64_t worker)
+{
+    const scan *f = data;
+    int64_t width = f->v_dim + 2, at = head * f->rows, n = 0;
+    float *sums = f->piece_mass + head * f->pieces * f->rows * width, limit[MAX_ROWS];
+    (void)worker;
+    for (int64_t r = 0; r < f->rows; r++) {
+        float top = f->seed[at + r];
+        for (int64_t p = 0; p < f->pieces; p++) {
+            float x = f->piece_top[(head * f->pieces + p) * f->rows + r];
+            if (x > top) top = x;
+        }
+        f->top[at + r] = top;
+        limit[r] = top == -INFINITY ? -INFINITY : uncap(top - f->reach, f->scale, f->softcap);
+    }
+    for (int64_t p = 1; p < f->pieces; p++)
+        for (int64_t r = 0; r < f->rows; r++) {
+            float *a = sums + r * width, *b = sums + (p * f->rows + r) * width;
+            float top = a[f->v_dim] > b[f->v_dim] ? a[f->v_dim] : b[f->v_dim];
+            if (top == -INFINITY) continue;
+            float x = expf(a[f->v_dim] - top), y = expf(b[f->v_dim] - top);
+            for (int64_t d = 0; d < f->v_dim; d++) a[d] = x * a[d] + y * b[d];
+            a[f->v_dim + 1] = x * a[f->v_dim + 1] + y * b[f->v_dim + 1];
+            a[f->v_dim] = top;
+        }
+    int64_t base = head * f->n * f->tokens;
+    for (int64_t p = 0; p < f->pieces; p++) {
+        int64_t from = base + p * f->per_piece * f->tokens;
+        for (int64_t i = from; i < from + f->n_hits[head * f->pieces + p]; i++) {
+            const float *scores = f->scores + i * f->rows;
+            int near = 0;
+            for (int64_t r = 0; r < f->rows; r++)
+                near |= scores[r] + bound(f, at + r, f->hits[i].width, f->hits[i].scale) >= limit[r];
+            if (!near) {
+                drop(f, head, f->hits[i].token, scores, sums);
+                continue;
+            }
+            f->found[base + n] = f->hits[i].token;
+            if (base + n != i) memmove(f->scores + (base + n) * f->rows, scores, sizeof(float) * (size_t)f->rows);
+            n++;
+        }
+    }
+    if (n > f->budget) { /* the best of any row; hits are no longer needed: their memory holds the keys to sort */
+        float *keys = (float *)(f->hits + base), least;
+        for (int64_t i = 0; i < n; i++) {
+            keys[i] = -INFINITY;
+            for (int64_t r = 0; r < f->rows; r++) {
+                float x = cap(f->scores[(base + i) * f->rows + r] * f->scale, f->softcap) - f->top[at + r];
+                if (x > keys[i]) keys[i] = x;
+            }
+            keys[n + i] = keys[i];
+        }
+        qsort(keys + n, (size_t)n, sizeof(float), descending);
+        least = f->budget ? keys[n + f->budget - 1] : INFINITY;
+        int64_t kept = 0;
+        for (int64_t i = 0; i < n; i++) {
+            if (keys[i] >= least && kept < f->budget) f->found[base + kept++] = f->found[base + i];
+            else drop(f, head, f->found[base + i], f->scores + (base + i) * f->rows, sums);
+        }
+        n = kept;
+    }
+    f->n_found[head] = n;
+    for (int64_t r = 0; r < f->rows; r++) {
+        float *sum = sums + r * width, weight = sum[f->v_dim + 1];
+        for (int64_t d = 0; d < f->v_dim; d++) f->mass[(at + r) * f->v_dim + d] = weight > 0 ? sum[d] / weight : 0;
+        f->lse[at + r] = weight > 0 ? sum[f->v_dim] + logf(weight) : -INFINITY;
+    }
+}
+
+/* Queries as 15-bit integers, their norms, and what the rounding can cost. */
+static void round_queries(scan *f)
+{
+    for (int64_t hr = 0; hr < f->heads * f->rows; hr++) {
+        const float *q = f->q + hr * f->dims;
+        float most = 0, norm = 0, lost = 0;
+        for (int64_t d = 0; d < f->dims; d++) {
+            most = fabsf(q[d]) > most ? fabsf(q[d]) : most;
+            norm += q[d] * q[d];
+        }
+        float unit = most / 16191; /* 126 x 128 + 63 */
+        int8_t *high = f->q8 + hr * 2 * f->dims, *low = high + f->dims;
+        f->q_sum[hr] = 0;
+        for (int64_t d = 0; d < f->dims; d++) {
+            int x = (int)(unit > 0 ? lrintf(q[d] / unit) : 0), h = (x + 64) >> 7;
+            float e = q[d] - unit * (float)x;
+            high[d] = (int8_t)h, low[d] = (int8_t)(x - 128 * h);
+            f->q_sum[hr] += x;
+            lost += e * e;
+        }
+        int64_t largest = f->bits == 8 ? 127 : 7;
+        f->q_unit[hr] = unit;
+        f->q_norm[hr] = sqrtf(norm) * 1.00001f;
+        f->q_error[hr] = sqrtf(lost * (float)f->dims) * (float)largest * f->sure * 1.00001f;
+    }
+}
+
+/* Returns 0, or -1 when memory ran out. scratch: heads x n x tokens x (12 + 4 x rows) bytes. */
+int alaya_scan(int64_t threads, const float *q, const int64_t *blocks, const int32_t *first, const int32_t *count,
+               const float *seed, int64_t heads, int64_t rows, int64_t n, int64_t dims, int64_t v_dim, int64_t tokens,
+               int64_t bits, int64_t budget, float scale, float softcap, float reach, float sure, int32_t *found,
+               int64_t *n_found, float *top, float *mass, float *lse, char *scratch)
+{
+    scan s = {.q = q, .blocks = blocks, .first = first, .count = count, .seed = seed, .heads = heads, .rows = rows,
+               .n = n, .dims = dims, .v_dim = v_dim, .tokens = tokens, .bits = bits, .budget = budget, .scale = scale,
+               .softcap = softcap, .reach = reach, .sure = sure, .found = found, .n_found = n_found, .top = top,
+               .mass = mass, .lse = lse, .piece = scan_piece_4}, *f = &s;
+#ifdef X86
+    if (ALAYA_MOST >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+        f->piece = scan_piece_16;
+    else if (ALAYA_MOST >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+        f->piece = scan_piece_8;
+#endif
+    f->per_piece = PIECE_TOKENS / tokens > 1 ? PIECE_TOKENS / tokens : 1;
+    f->pieces = n > f->per_piece ? (n + f->per_piece - 1) / f->per_piece : 1;
+    if (threads > ALAYA_MAX_THREADS) threads = ALAYA_MAX_THREADS;
+    if (heads * n * tokens * dims < 1 << 17) threads = 1;
+    size_t all = (size_t)(heads * n * tokens), pieces = (size_t)(heads * f->pieces), hr = (size_t)(heads * rows);
+    f->q8 = malloc(hr * dims * 2);
+    f->q_sum = malloc(hr * sizeof(int32_t));
+    f->q_unit = malloc(3 * hr * sizeof(float));
+    f->hits = (hit *)scratch; /* touched as far as there are hits */
+    f->scores = (float *)(scratch + all * sizeof(hit));
+    f->n_hits = malloc(pieces * sizeof(int64_t));
+    f->piece_top = malloc(pieces * rows * sizeof(float));
+    f->piece_mass = malloc(pieces * rows * (v_dim + 2) * sizeof(float));
+    int failed = !f->q8 || !f->q_sum || !f->q_unit || !f->n_hits || !f->piece_top || !f->piece_mass;
+    if (!failed) {
+        f->q_norm = f->q_unit + hr, f->q_error = f->q_norm + hr;
+        round_queries(f);
+        alaya_run(threads, one_scan_piece, &s, heads * f->pieces, 1);
+        alaya_run(threads, finish_head, &s, heads, 1);
+    }
+    free(f->q8), free(f->q_sum), free(f->q_unit);
+    free(f->n_hits), free(f->piece_top), free(f->piece_mass);
+    return failed ? -1 : 0;
+}
+
+#else /* once per instruction set from here on */
+#include "vector.h"
+
+/* out[row][lane] = 128 high + low of R queries times the codes of 16 tokens, which lie 128 (with 4 bits 8) too high. */
+INLINE void NAME(dots16)(const uint8_t *codes, const int8_t *q, const int32_t *q_sum, int64_t dims, int bits, int R,
+                         float (*out)[LANES])
+{
+    const int32_t above = bits == 8 ? 128 : 8;
+#if VL == 16
+    const __m512i low4 = _mm512_set1_epi8(15);
+    __m512i sum[GROUP][2];
+    UNROLL for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
+    for (int64_t d = 0; d < dims; d += 8) {
+        const __m512i first = _mm512_loadu_si512(codes + d * (bits == 8 ? 16 : 8));
+        const __m512i c[2] = {
+            bits == 8 ? first : _mm512_and_si512(first, low4),
+            bits == 8 ? _mm512_loadu_si512(codes + d * 16 + 64) : _mm512_and_si512(_mm512_srli_epi16(first, 4), low4),
+        };
+        UNROLL for (int half = 0; half < 2; half++)
+            UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < 2; i++) {
+                int32_t four;
+                memcpy(&four, q + (2 * r + i) * dims + d + 4 * half, 4);
+                sum[r][i] = _mm512_dpbusd_epi32(sum[r][i], c[half], _mm512_set1_epi32(four));
+            }
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        __m512i x = _mm512_add_epi32(_mm512_slli_epi32(sum[r][0], 7), sum[r][1]);
+        _mm512_storeu_ps(out[r], _mm512_cvtepi32_ps(_mm512_sub_epi32(x, _mm512_set1_epi32(q_sum[r] * above))));
+    }
+#else
+    for (int r = 0; r < R; r++, q += 2 * dims) {
+        int32_t acc[LANES] = {0};
+        for (int64_t d = 0; d < dims; d++) {
+            int32_t x = 128 * q[d] + q[dims + d];
+            const uint8_t *c = bits == 8 ? codes + d / 4 * 64 + d % 4 : codes + d / 8 * 64 + d % 4;
+            if (bits == 8) for (int i = 0; i < LANES; i++) acc[i] += c[i * 4] * x;
+            else for (int i = 0; i < LANES; i++) acc[i] += (d % 8 < 4 ? c[i * 4] & 15 : c[i * 4] >> 4) * x;
+        }
+        for (int i = 0; i < LANES; i++) out[r][i] = (float)(acc[i] - q_sum[r] * above);
+    }
+#endif
+}
+
+/* Lanes before from or from to on see nothing. */
+INLINE void NAME(hide)(float *x, float *e, int32_t t, int32_t from, int32_t to)
+{
+    for (int i = 0; i < LANES; i++)
+        if (t + i < from || t + i >= to) x[i] = -INFINITY, e[i] = 0;
+}
+
+INLINE vf NAME(vcap)(vf x, float c)
+{
+    if (!(c > 0)) return x;
+    vf a = x / c, e = vexp(-2.0f * pick(a < 0.0f, -a, a)), y = (1.0f - e) / (1.0f + e) * c;
+    return pick(x == -INFINITY, x, pick(a < 0.0f, -y, y)); /* what is hidden stays so */
+}
+
+/* What one thread knows while it scans a piece; scores unscaled, but for most. */
+typedef struct {
+    float sure[MAX_ROWS];    /* the best score there certainly is */
+    float limit[MAX_ROWS];   /* what a key must be able to reach */
+    float most[MAX_ROWS];    /* the largest in the estimate so far, scaled and capped: its weights are relative to it */
+    float loud[MAX_ROWS];    /* that, unscaled */
+    float faint[MAX_ROWS];   /* below this the estimate changes by less than 1e-13 of the largest */
+    float weight[MAX_ROWS];  /* of the present block, in the estimate */
+} NAME(bars);
+
+/* A score of the estimate is larger than all before: weights so far shrink. */
+static void NAME(raise)(const scan *f, NAME(bars) *k, int64_t r, float x, float *sum)
+{
+    float high = cap(x * f->scale, f->softcap), shrink = k->most[r] == -INFINITY ? 0 : expf(k->most[r] - high);
+    for (int64_t d = 0; d < f->v_dim; d++) sum[d] *= shrink;
+    sum[f->v_dim + 1] *= shrink;
+    k->weight[r] *= shrink;
+    k->most[r] = high;
+    k->loud[r] = x;
+    k->faint[r] = uncap(high - 30.0f, f->scale, f->softcap);
+}
+
+INLINE vf NAME(top16)(const float *x)
+{
+    vf top = loadf(x);
+    for (int i = VL; i < LANES; i += VL) top = pick(loadf(x + i) > top, loadf(x + i), top);
+    return top;
+}
+
+static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
+{
+    const int64_t rows = f->rows, at = head * rows, width = f->v_dim + 2, code_bytes = f->dims * f->bits / 8 * LANES;
+    const int8_t *q8 = f->q8 + at * 2 * f->dims;
+    const int32_t *q_sum = f->q_sum + at;
+    int64_t last = (piece + 1) * f->per_piece, hits = 0;
+    int64_t base = (head * f->n + piece * f->per_piece) * f->tokens;
+    float *sums = f->piece_mass + (head * f->pieces + piece) * rows * width, offset[MAX_ROWS];
+    NAME(bars) k;
+    if (last > f->n) last = f->n;
+    for (int64_t r = 0; r < rows; r++) {
+        const float seed = f->seed[at + r];
+        memset(sums + r * width, 0, sizeof(float) * (size_t)width);
+        k.most[r] = k.loud[r] = k.faint[r] = -INFINITY;
+        k.sure[r] = seed == -INFINITY ? seed : uncap(seed, f->scale, f->softcap);
+        k.limit[r] = seed == -INFINITY ? seed : uncap(seed - f->reach, f->scale, f->softcap);
+    }
+    for (int64_t b = piece * f->per_piece; b < last; b++) {
+        const float *block = (const float *)f->blocks[head * f->n + b];
+        const float *mean_k = block + HEAD, *mean_v = mean_k + f->dims, *scales = mean_v + f->v_dim;
+        const uint8_t *codes = (const uint8_t *)(scales + f->tokens);
+        const int32_t from = f->first[b], to = from + f->count[b];
+        const float ratio = block[RATIO], slack = block[SLACK];
+        for (int64_t r = 0; r < rows; r++) {
+            vf sum = {0};
+            const float *q = f->q + (at + r) * f->dims;
+            int64_t d = 0;
+            for (; d + VL <= f->dims; d += VL) sum += loadf(q + d) * loadf(mean_k + d);
+            k.weight[r] = 0;
+            offset[r] = NAME(total)(sum);
+            for (; d < f->dims; d++) offset[r] += q[d] * mean_k[d];
+        }
+        for (int32_t t = from / LANES * LANES; t < to; t += LANES) {
+            float x[MAX_ROWS][LANES], e[MAX_ROWS][LANES];
+            int32_t near[LANES] = {0};
+            const uint8_t *c = codes + t / LANES * code_bytes;
+            int64_t r = 0;
+            for (int64_t line = 0; line < code_bytes; line += 64) __builtin_prefetch(c + 4 * code_bytes + line, 0, 2);
+            for (; r + GROUP <= rows; r += GROUP)
+                if (f->bits == 8) NAME(dots16)(c, q8 + r * 2 * f->dims, q_sum + r, f->dims, 8, GROUP, x + r);
+                else NAME(dots16)(c, q8 + r * 2 * f->dims, q_sum + r, f->dims, 4, GROUP, x + r);
+            for (; r < rows; r++)
+                if (f->bits == 8) NAME(dots16)(c, q8 + r * 2 * f->dims, q_sum + r, f->dims, 8, 1, x + r);
+                else NAME(dots16)(c, q8 + r * 2 * f->dims, q_sum + r, f->dims, 4, 1, x + r);
+            for (r = 0; r < rows; r++) {
+                const float unit = f->q_unit[at + r], norm = f->sure * f->q_norm[at + r], lost = f->q_error[at + r];
+                vi better = {0};
+                for (int i = 0; i < LANES; i += VL) {
+                    vf scale = loadf(scales + t + i), score = loadf(x[r] + i) * unit * scale + offset[r];
+                    vf error = norm * (ratio * scale + slack) + lost * scale;
+                    storef(x[r] + i, score);
+                    storef(e[r] + i, error);
+                    better |= score - error > k.sure[r];
+                }
+                if (t < from || t + LANES > to) NAME(hide)(x[r], e[r], t, from, to);
+                if (any(better)) {
+                    float sure[LANES], best;
+                    for (int i = 0; i < LANES; i++) sure[i] = x[r][i] - e[r][i];
+                    best = NAME(largest)(NAME(top16)(sure));
+                    if (best > k.sure[r]) {
+                        k.sure[r] = best;
+                        k.limit[r] = uncap(cap(best * f->scale, f->softcap) - f->reach, f->scale, f->softcap);
+                    }
+                }
+            }
+            vi seen = {0};
+            for (int i = 0; i < LANES; i += VL) {
+                vi here = {0};
+                for (r = 0; r < rows; r++) here |= loadf(x[r] + i) + loadf(e[r] + i) >= k.limit[r];
+                memcpy(near + i, &here, sizeof here);
+                seen |= here;
+            }
+            if (any(seen))
+                for (int i = 0; i < LANES; i++) {
+                    if (!near[i] || t + i < from || t + i >= to) continue; /* -inf reaches a limit of -inf */
+                    float s = scales[t + i];
+                    f->hits[base + hits] = (hit){(int32_t)(b * f->tokens + t + i), ratio * s + slack, s};
+                    for (r = 0; r < rows; r++) f->scores[(base + hits) * rows + r] = x[r][i], x[r][i] = -INFINITY;
+                    hits++;
+                }
+            for (r = 0; r < rows; r++) {
+                vf top = NAME(top16)(x[r]);
+                if (!any(top > k.faint[r])) continue;
+                if (any(top > k.loud[r])) NAME(raise)(f, &k, r, NAME(largest)(top), sums + r * width);
+                vf weight = {0};
+                for (int i = 0; i < LANES; i += VL)
+                    weight += vexp(NAME(vcap)(loadf(x[r] + i) * f->scale, f->softcap) - k.most[r]);
+                k.weight[r] += NAME(total)(weight);
+            }
+        }
+        for (int64_t r = 0; r < rows; r++) {
+            float *sum = sums + r * width, w = k.weight[r];
+            int64_t d = 0;
+            for (; w > 0 && d + VL <= f->v_dim; d += VL) storef(sum + d, loadf(sum + d) + w * loadf(mean_v + d));
+            for (; w > 0 && d < f->v_dim; d++) sum[d] += w * mean_v[d];
+            sum[f->v_dim + 1] += w;
+        }
+    }
+    for (int64_t r = 0; r < rows; r++) {
+        sums[r * width + f->v_dim] = k.most[r];
+        f->piece_top[(head * f->pieces + piece) * rows + r] =
+            k.sure[r] == -INFINITY ? k.sure[r] : cap(k.sure[r] * f->scale, f->softcap);
+    }
+    f->n_hits[head * f->pieces + piece] = hits;
+}
+
+#include "vector_end.h"
+#endif

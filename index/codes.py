@@ -1,0 +1,261 @@
+"""Codes: keys in 4 or 8 bits, scanned at memory bandwidth, with bounds on what each code can hide.
+
+A block's keys are rotated (by one fixed random rotation, so that no channel stands out), their mean is taken off, and
+each is rounded to ``scale * integer``. A score is then ``q.mean + scale * (q.code) + q.error``. The length of every
+error is known and ``|q.error| <= |q| |error|``: no key outside that bound can matter, and with ``sure=None`` the answer
+to a DIPR query is complete, whatever the keys. In a random direction an error of d dimensions contributes only
+``|q| |error| / sqrt(d)`` (one standard deviation): with ``sure=3`` three of these are allowed for, which finds all but
+about one in a thousand and needs far fewer exact scores.
+
+Sources: rotation and error in a random direction: RaBitQ (arXiv 2405.12497); DIPR: AlayaDB (arXiv 2504.10326), 6.1;
+estimating what was not fetched: RetroInfer (arXiv 2505.02922).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from alaya_tiers import kernel
+from alaya_tiers.errors import InputError
+from alaya_tiers.index.base import Found
+
+LANES, HEAD = 16, 4
+"""As in scan.c: tokens coded together, floats in front of a block's codes."""
+
+MOST_ROWS = 64
+"""Queries of one kv head that one scan takes."""
+
+MOST_DIMS = 512
+"""Numbers of a key: beyond, the kernel's integers could overflow."""
+
+_NO_SCALE, _HUGE = 1e-30, 1e15
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Shape of one coded block: ``tokens`` keys of ``k_dim`` numbers at ``bits`` each, and the mean of its values."""
+
+    tokens: int
+    k_dim: int
+    v_dim: int
+    bits: int
+
+    @property
+    def dims(self) -> int:
+        """k_dim, rounded up to what the kernel reads."""
+        return -(-self.k_dim // 8) * 8
+
+    @property
+    def rows(self) -> int:
+        """tokens, rounded up to what the kernel reads."""
+        return -(-self.tokens // LANES) * LANES
+
+    @property
+    def floats(self) -> int:
+        """Numbers before the codes."""
+        return HEAD + self.dims + self.v_dim + self.rows
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one coded block."""
+        return -(-(4 * self.floats + self.rows * self.dims * self.bits // 8) // 64) * 64
+
+
+@cache
+def rotation(dim: int) -> Tensor:
+    """The rotation of all keys and queries with ``dim`` numbers, float32 [dim, dim]."""
+    noise = torch.randn(dim, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(dim))
+    found: Tensor = torch.linalg.qr(noise)[0].float()
+    return found
+
+
+def boundable(x: Tensor) -> bool:
+    """Whether bounds on scores with these numbers make sense: all finite, and their squares too."""
+    return bool(x.abs().max() < _HUGE) if x.numel() else True
+
+
+def encode(k: Tensor, v: Tensor, layout: Layout) -> Tensor | None:
+    """Coded blocks, uint8 [heads, layout.nbytes]. k: [heads, tokens, k_dim], v: [heads, tokens, v_dim], float.
+
+    None when they are not ``boundable``: such blocks must be attended exactly.
+    """
+    heads, tokens, k_dim = k.shape
+    keys, values = k.float(), v.float()
+    if not (boundable(keys) and boundable(values)):
+        return None
+    rotated = keys @ rotation(k_dim)
+    mean = rotated.mean(1, keepdim=True)
+    rest = rotated - mean
+    largest = (1 << layout.bits - 1) - 1
+    scale = (rest.abs().amax(2, keepdim=True) / largest).clamp_min(_NO_SCALE)
+    code = (rest / scale).round_().clamp_(-largest, largest)
+    error = (rest - scale * code).norm(dim=2)
+    out = torch.zeros(heads, layout.nbytes, dtype=torch.uint8)
+    floats = out[:, : 4 * layout.floats].view(torch.float32)
+    floats[:, 0] = (error / scale[..., 0]).amax(1) * 1.0001
+    floats[:, 1] = (
+        keys.norm(dim=2).amax(1) * (k_dim * 2.0**-22) + _NO_SCALE
+    )  # what rounding in rotation and sums can cost
+    end = HEAD + layout.dims
+    floats[:, HEAD : HEAD + k_dim] = mean[:, 0]
+    floats[:, end : end + layout.v_dim] = values.mean(1)
+    floats[:, end + layout.v_dim : end + layout.v_dim + tokens] = scale[..., 0]
+    packed = torch.full((heads, layout.rows, layout.dims), largest + 1, dtype=torch.uint8)
+    packed[:, :tokens, :k_dim] = (code + (largest + 1)).to(torch.uint8)
+    lanes = packed.view(heads, layout.rows // LANES, LANES, layout.dims // 4, 4).transpose(2, 3)
+    if layout.bits == 4:
+        pairs = lanes.reshape(heads, layout.rows // LANES, layout.dims // 8, 2, LANES, 4)
+        lanes = pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4
+    out[:, 4 * layout.floats : 4 * layout.floats + lanes[0].numel()] = lanes.reshape(heads, -1)
+    return out
+
+
+class Scan(NamedTuple):
+    """What a scan found, for each kv head.
+
+    tokens: a list of int32 [found]: block number x layout.rows + offset, ascending. top: float32 [heads, rows], a score
+    (scaled, capped) that the best certainly reaches. rest: float32 [heads, rows, v_dim] and rest_lse [heads, rows]:
+    the attention of all other tokens asked for, estimated from their codes and the mean values of their blocks.
+    """
+
+    tokens: list[npt.NDArray[np.int32]]
+    top: Tensor
+    rest: Tensor
+    rest_lse: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """What a query asks for.
+
+    distance: every key whose score (scaled, capped) is at most this much below the best (DIPR). most: at most this many
+    keys for each kv head, the ones nearest to some query's best; None = no limit. sure: standard deviations of a code's
+    error that are allowed for; None = any error there can be, for a provably complete answer.
+    """
+
+    distance: float
+    most: int | None = None
+    sure: float | None = 3.0
+
+    def __post_init__(self) -> None:
+        if not self.distance >= 0:
+            raise InputError(f"a distance below the best score cannot be negative: {self.distance}")
+        if self.most is not None and self.most < 0:
+            raise InputError(f"at most {self.most} keys cannot be asked for")
+        if self.sure is not None and not self.sure > 0:
+            raise InputError(f"sure is a number of standard deviations above 0, not {self.sure}")
+
+    @classmethod
+    def of_share(cls, alpha: float, most: int | None = None, sure: float | None = 3.0) -> Reach:
+        """Every key with at least the share ``alpha`` of the largest weight, 0 < alpha <= 1 (AlayaDB, definition 1)."""
+        if not 0 < alpha <= 1:
+            raise InputError(f"alpha is a share of the largest weight, above 0 and at most 1, not {alpha}")
+        return cls(-math.log(alpha), most, sure)
+
+    def margin(self, dim: int) -> float:
+        """The share of an error's length that is allowed for."""
+        return 1.0 if self.sure is None else min(1.0, self.sure / math.sqrt(dim))
+
+
+class Scratch:
+    """Memory that scans use again: taken anew for every one, it would cost as much as the scan."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def room(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """At least so many bytes, contents undefined, until the next call."""
+        if self._bytes.size < nbytes:
+            self._bytes = np.empty(nbytes + nbytes // 4, np.uint8)
+        return self._bytes
+
+
+def scan(
+    q: Tensor,
+    blocks: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int32],
+    count: npt.NDArray[np.int32],
+    layout: Layout,
+    reach: Reach,
+    scale: float,
+    softcap: float | None = None,
+    seed: Tensor | None = None,
+    scratch: Scratch | None = None,
+) -> Scan:
+    """Every token of coded blocks that may be within reach of the best score, and an estimate of the others.
+
+    q: [heads, rows, k_dim], boundable. blocks: int64 [heads, n], address of each coded block. first, count: int32 [n]:
+    which tokens of a block are asked for (the filter). seed: float32 [heads, rows], scores (scaled, capped) of some key
+    that is attended anyway: what does not come near it is not looked at closer. Sound for a scan: its bar only rises.
+    """
+    heads, rows, k_dim = q.shape
+    if rows > MOST_ROWS or layout.dims > MOST_DIMS:
+        raise InputError(f"a scan takes {MOST_ROWS} queries of {MOST_DIMS} numbers at most, got {rows} of {k_dim}")
+    rotated = torch.zeros(heads, rows, layout.dims)
+    rotated[..., :k_dim] = q.detach().to("cpu", torch.float32) @ rotation(k_dim)
+    n = blocks.shape[1]
+    every = n * layout.rows
+    room = (scratch or Scratch()).room(heads * every * (16 + 4 * rows))
+    found, n_found = room[: 4 * heads * every].view(np.int32), np.empty(heads, np.int64)
+    top, lse = torch.empty(heads, rows), torch.empty(heads, rows)
+    rest = torch.empty(heads, rows, layout.v_dim)
+    start = torch.full((heads, rows), -torch.inf) if seed is None else seed.float().contiguous()
+    kernel.scan(
+        rotated, np.ascontiguousarray(blocks), first, count, start,
+        (layout.dims, layout.v_dim, layout.rows, layout.bits, every if reach.most is None else reach.most),
+        (scale, softcap or 0.0, reach.distance, reach.margin(k_dim)),
+        found, n_found, top, rest, lse, room[4 * heads * every :],
+    )  # fmt: skip
+    tokens = [found[h * every : h * every + int(n_found[h])].copy() for h in range(heads)]
+    return Scan(tokens, top, rest, lse)
+
+
+class Codes:
+    """Keys of one partition as codes, with the exact keys to verify what the scan finds. keys: float [tokens, dim]."""
+
+    def __init__(self, keys: Tensor, bits: int = 8, block_tokens: int = 256, sure: float | None = None) -> None:
+        self.keys, self.sure = keys, sure
+        self.layout = Layout(block_tokens, keys.shape[1], 1, bits)
+        self._coded: list[Tensor | None] = []
+        for start in range(0, keys.shape[0], block_tokens):
+            chunk = keys[start : start + block_tokens]
+            padded = torch.nn.functional.pad(chunk, (0, 0, 0, block_tokens - chunk.shape[0]))
+            self._coded.append(encode(padded[None], torch.zeros(1, block_tokens, 1), self.layout))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all codes."""
+        return sum(self.layout.nbytes for coded in self._coded if coded is not None)
+
+    def in_range(self, queries: Tensor, beta: float) -> Found:
+        if beta < 0:
+            raise InputError(f"beta is a distance below the best score and cannot be negative: {beta}")
+        exact = [i for i, coded in enumerate(self._coded) if coded is None]
+        size, tokens = self.layout.tokens, self.keys.shape[0]
+        wanted: list[npt.NDArray[np.int64]] = [np.arange(i * size, min(tokens, (i + 1) * size)) for i in exact]
+        coded = [(i, block) for i, block in enumerate(self._coded) if block is not None]
+        if coded and not boundable(queries):
+            wanted = [np.arange(tokens)]
+        elif coded:
+            starts = np.array([i * size for i, _ in coded], np.int64)
+            counts = np.minimum(size, tokens - starts).astype(np.int32)
+            addresses = np.array([[block.data_ptr() for _, block in coded]], np.int64)
+            hits = scan(
+                queries[None], addresses, np.zeros(len(coded), np.int32), counts, self.layout,
+                Reach(beta, None, self.sure), 1.0,
+            ).tokens[0]  # fmt: skip
+            wanted.append(starts[hits // self.layout.rows] + hits % self.layout.rows)
+        candidates = torch.from_numpy(np.sort(np.concatenate(wanted))) if wanted else torch.empty(0, dtype=torch.long)
+        scores = queries.float() @ self.keys[candidates].float().T
+        if not candidates.numel():
+            return Found(candidates, scores)
+        near = (scores >= scores.amax(-1, keepdim=True) - beta).any(0)
+        return Found(candidates[near], scores[:, near])
