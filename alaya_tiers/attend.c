@@ -42,7 +42,7 @@ typedef struct job {
     int64_t heads, rows, blocks, address_stride, k_dim, v_dim, k_pad, v_pad, row_bytes, itemsize;
     int32_t dtype, tile; /* tile: tokens */
     float scale, softcap;
-    float *out, *lse;
+    float *out, *lse, *top; /* top: the largest score, if asked for */
     span *spans;
     int64_t n_spans, tokens, pieces, per_piece, stride; /* stride: floats of one piece's result */
     float *results, *scratch;                           /* scratch: scratch_floats for each worker */
@@ -296,6 +296,7 @@ static void merge_head(const job *j, int64_t head)
         if (sum != 0)
             for (int64_t d = 0; d < j->v_dim; d++) out[d] /= sum;
         j->lse[head * j->rows + r] = sum != 0 ? top + logf(sum) : -INFINITY;
+        if (j->top) j->top[head * j->rows + r] = top;
     }
 }
 
@@ -341,14 +342,14 @@ static void (*best_piece(void))(const job *, int64_t, int64_t, int64_t, float *,
 int alaya_attend_blocks(int64_t threads, const float *q, const int64_t *addresses,
                  const int32_t *starts, const int32_t *counts, const int32_t *lo, const int32_t *hi, int64_t heads,
                  int64_t rows, int64_t blocks, int64_t address_stride, int64_t k_dim, int64_t v_dim, int32_t dtype,
-                 float scale, float softcap, float *out, float *lse)
+                 float scale, float softcap, float *out, float *lse, float *top)
 {
     int64_t itemsize = dtype == F32 ? 4 : 2;
     job j = {.q = q, .addresses = addresses, .address_stride = address_stride, .lo = lo, .hi = hi,
              .heads = heads, .rows = rows, .blocks = blocks,
              .k_dim = k_dim, .v_dim = v_dim, .k_pad = up(k_dim, 16), .v_pad = up(v_dim, 16), .dtype = dtype,
              .row_bytes = (k_dim + v_dim) * itemsize, .itemsize = itemsize, .scale = scale, .softcap = softcap,
-             .out = out, .lse = lse, .piece = best_piece()};
+             .out = out, .lse = lse, .top = top, .piece = best_piece()};
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     if (!(j.spans = malloc(sizeof(span) * (size_t)(blocks + 1)))) return -1;
     find_spans(&j, starts, counts);
@@ -363,6 +364,7 @@ int alaya_attend_blocks(int64_t threads, const float *q, const int64_t *addresse
     } else {
         memset(out, 0, sizeof(float) * heads * rows * v_dim);
         for (int64_t i = 0; i < heads * rows; i++) lse[i] = -INFINITY;
+        for (int64_t i = 0; top && i < heads * rows; i++) top[i] = -INFINITY;
     }
     int failed = j.tokens && !j.results;
     free(j.results);

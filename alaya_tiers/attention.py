@@ -76,12 +76,19 @@ class BlockList:
 
 
 def attend_blocks(
-    q: Tensor, blocks: BlockList, scale: float, lo: Ints, hi: Ints, softcap: float | None = None
+    q: Tensor,
+    blocks: BlockList,
+    scale: float,
+    lo: Ints,
+    hi: Ints,
+    softcap: float | None = None,
+    top: Tensor | None = None,
 ) -> Partial:
     """Attention of a few rows over blocks in memory, reading each visible key and value once for all rows of a head.
 
     q: [kv_heads, rows, k_dim], any float dtype (computed in float32). lo, hi: int32 [rows]; row r sees the positions
     lo[r] <= p < hi[r] that the blocks hold. Blocks outside every row's range are not touched. Result on q's device.
+    top: float32 [kv_heads, rows] on the CPU, filled with the largest score (scaled, capped) of each row, if given.
     Raises ValueError for shapes that do not fit.
     """
     heads, rows, k_dim = q.shape
@@ -96,7 +103,7 @@ def attend_blocks(
     lse = torch.empty(heads, rows)
     kernel.attend(
         query, blocks.addresses, blocks.starts, blocks.counts, (k_dim, blocks.v_dim, code), scale, softcap or 0.0,
-        low, high, out, lse,
+        low, high, out, lse, top,
     )  # fmt: skip
     return Partial(out, lse) if q.is_cpu else Partial(out.to(q.device), lse.to(q.device))
 

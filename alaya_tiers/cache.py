@@ -1,7 +1,7 @@
 """A session: keys and values in, attention out. Knows nothing of any model library."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from alaya_tiers import sparse
 from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_causal, attend_dense, merge, with_sinks
 from alaya_tiers.blocks import Geometry
 from alaya_tiers.engine import Engine
@@ -139,6 +140,16 @@ class Session:
         self.engine.check_open()
         self.engine.flush(self._contexts)
 
+    def build_index(self, say: Callable[[int, int], None] = lambda done, all_of_them: None) -> None:
+        """In sparse mode: make now what idle time has not made yet of the index, reading what is not in memory.
+
+        Nothing needs it: what has no index is attended exactly. It may be interrupted at any point, and goes on from
+        there when called again. say: told how many runs of blocks were tried, of how many. Raises StoreError.
+        """
+        self.engine.check_open()
+        if self.engine.sparse is not None:
+            sparse.build(list(self.layers.values()), say)
+
     def stats(self) -> Stats:
         """What happened so far."""
         engine = self.engine
@@ -159,6 +170,7 @@ class Session:
             gathered_bytes=self.gathered_bytes,
             direct_io=engine.direct_io,
             path=None if engine.store.temporary else engine.store.path,
+            sparse=None if engine.sparse is None else replace(engine.sparse),
         )
 
     def clear(self) -> None:
@@ -208,6 +220,13 @@ class Session:
             return
         group = q.shape[1] // visible.lo.size
         few = q.shape[1] <= FEW_ROWS and visible.extra is None and not latent
+        if few and self.engine.sparse is not None:
+            exact = partial(self._blocks, state, row)
+            whole = sparse.attend(state, row, q, visible, scale, softcap, exact, self.engine.sparse)
+            if whole is not None:
+                yield whole
+                return
+            self.engine.sparse.exact += q.shape[0] * q.shape[1]
         lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
         past = None if few else visible.past
         for piece in self._pieces(state, row, int(lo.min()), int(hi.max())):
@@ -225,7 +244,7 @@ class Session:
 
     def _pieces(self, state: Layer, row: Row, lo: int, hi: int) -> Iterator["BlockList | Gathered"]:
         """The blocks of positions ``lo`` to ``hi``, batch by batch, each readable until the next is asked for."""
-        g, size = state.shape.geometry, state.shape.tokens
+        size = state.shape.tokens
         hi = min(hi, state.length)
         if hi <= lo:
             return
@@ -240,12 +259,26 @@ class Session:
                     self.engine.unpin(known.ids, used=True)
                 self.engine.read_ahead(partial(self._upcoming, state.number))
                 return
-        runs = np.arange(lo // size, -(-hi // size))
+        yield from self._pieces_of(state, row, np.arange(lo // size, -(-hi // size)), whole=whole)
+
+    def _blocks(self, state: Layer, row: Row, runs: npt.NDArray[np.intp]) -> Iterator[BlockList]:
+        """The same for some runs of blocks, in memory the CPU reads."""
+        for piece in self._pieces_of(state, row, runs, whole=False):
+            assert isinstance(piece, BlockList)
+            yield piece
+
+    def _pieces_of(
+        self, state: Layer, row: Row, runs: npt.NDArray[np.intp], *, whole: bool
+    ) -> Iterator["BlockList | Gathered"]:
+        if not runs.size:
+            return
+        g, size = state.shape.geometry, state.shape.tokens
         starts = (runs * size).astype(np.int32)
         counts = np.minimum(size, state.length - starts).astype(np.int32)
-        ids = state.ids(row.first[runs[0] : runs[-1] + 1])
+        ids = state.ids(row.first[runs])
+        upcoming = partial(self._upcoming, state.number) if self.engine.sparse is None else _nothing_more
         book = self.engine.mover.ledger
-        for columns, batch in self.engine.reading(ids, partial(self._upcoming, state.number)):
+        for columns, batch in self.engine.reading(ids, upcoming):
             here, moves = self.engine.on_cpu(batch).all(0), book.moves
             if not here.all():
                 there = np.flatnonzero(~here)
@@ -292,6 +325,11 @@ class Session:
         first = state.rows[r].first[: state.length // state.shape.tokens]
         names = [Path(mover.ssd.files[number].path).parts[-6] for number in mover.ledger.file[first].tolist()]
         return [name for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
+
+
+def _nothing_more() -> Iterator[Ids]:
+    """What sparse attention will ask for next: exact attention's order says nothing of that."""
+    return iter(())
 
 
 def _nothing(q: Tensor, v_dim: int) -> Partial:

@@ -14,7 +14,7 @@ _UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
 _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
 
 IoMode = Literal["auto", "direct", "buffered"]
-Mode = Literal["exact"]
+Mode = Literal["exact", "sparse"]
 
 
 def parse_bytes(size: int | str) -> int:
@@ -50,7 +50,15 @@ class Settings:
     device_budget: bytes of KV in the device tier (GPU memory with CUDA, an arena of plain memory without).
     host_budget: bytes of KV in the host tier (pinned when CUDA is there).
     ssd_budget: bytes of KV on disk; None = as much as the disk has.
-    mode: "exact" (tokens identical to DynamicCache).
+    mode: "exact" (tokens identical to DynamicCache) or "sparse" (decoding attends to the keys that matter and
+        estimates the rest; prefill is exact).
+    alpha: sparse mode attends to every key with at least this share of the largest weight (DIPR).
+    recent_tokens: last tokens of the context that sparse mode always attends to, beside sink_tokens first ones.
+    most_selected: at most so many keys for each kv head beyond these; None = as many as are near enough.
+    index_bits: bits of each number of a coded key, 4 or 8.
+    index_sure: standard deviations of a code's error that are allowed for; 0 = any error there can be (complete).
+    index_budget: bytes of codes in memory; None = no limit. What finds no room is attended exactly.
+    measure_mass: sparse mode also attends exactly and compares, for its statistics. Slow.
     block_tokens: tokens of one block, a power of two.
     segment_tokens: tokens of one segment (one file per layer), a power of two, at least block_tokens.
     sink_tokens: first tokens of the context that the device tier prefers to keep.
@@ -68,6 +76,13 @@ class Settings:
     host_budget: int = 2 << 30
     ssd_budget: int | None = None
     mode: Mode = "exact"
+    alpha: float = 0.012
+    recent_tokens: int = 512
+    most_selected: int | None = None
+    index_bits: int = 8
+    index_sure: float = 3.0
+    index_budget: int | None = None
+    measure_mass: bool = False
     block_tokens: int = 256
     segment_tokens: int = 8192
     sink_tokens: int = 256
@@ -80,7 +95,7 @@ class Settings:
     prefetch: str = "next"
 
     def __post_init__(self) -> None:
-        for name in ("device_budget", "host_budget", "ssd_budget", "batch_bytes"):
+        for name in ("device_budget", "host_budget", "ssd_budget", "batch_bytes", "index_budget"):
             if (size := getattr(self, name)) is not None:
                 object.__setattr__(self, name, parse_bytes(size))
         for name in ("block_tokens", "segment_tokens"):
@@ -92,7 +107,15 @@ class Settings:
         for name in ("dirty_limit", "prefetch_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share between 0 and 1, got {getattr(self, name)!r}")
-        for name, least in (("sink_tokens", 0), ("io_threads", 1), ("batch_bytes", 1)):
+        if not 0 < self.alpha <= 1:
+            raise ConfigError(f"alpha is a share of the largest weight, above 0 and at most 1, got {self.alpha!r}")
+        if self.index_bits not in (4, 8):
+            raise ConfigError(f"index_bits is 4 or 8, got {self.index_bits!r}")
+        if not self.index_sure >= 0:
+            raise ConfigError(f"index_sure is a number of standard deviations, or 0, got {self.index_sure!r}")
+        if self.most_selected is not None and self.most_selected < 0:
+            raise ConfigError(f"most_selected cannot be negative, got {self.most_selected!r}")
+        for name, least in (("sink_tokens", 0), ("recent_tokens", 1), ("io_threads", 1), ("batch_bytes", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ConfigError(f"{name} is an integer of at least {least}, got {getattr(self, name)!r}")
         _check_choice("io", self.io, get_args(IoMode))

@@ -17,13 +17,14 @@ from torch import Tensor
 
 from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
 from alaya_tiers.config import Settings
-from alaya_tiers.errors import BudgetTooSmall, InputError, SessionClosed
+from alaya_tiers.errors import BudgetTooSmall, ConfigError, InputError, SessionClosed
 from alaya_tiers.ledger import Ids
 from alaya_tiers.loop import LoopThread
 from alaya_tiers.mover import Mover, Policies, Traffic
+from alaya_tiers.partitions import Partitions
 from alaya_tiers.policies import EVICTION, PREFETCH, Watermark, Window, by_name
 from alaya_tiers.seams import Clock, Disk, Executor, SystemClock, SystemDisk, Threads
-from alaya_tiers.stats import Touched
+from alaya_tiers.stats import SparseUse, Touched
 from alaya_tiers.store import Model, Store
 from alaya_tiers.tiers.base import Accountant, Addresses
 from alaya_tiers.tiers.device import DeviceTier
@@ -55,9 +56,10 @@ class Engine:
         clock: Clock | None = None,
     ) -> None:
         self.settings = settings
-        self.accountant = Accountant(
-            {"device": settings.device_budget, "host": settings.host_budget, "ssd": settings.ssd_budget}
-        )
+        self.sparse = SparseUse() if settings.mode == "sparse" else None
+        """What sparse mode used; None in exact mode."""
+        budgets = {"device": settings.device_budget, "host": settings.host_budget, "ssd": settings.ssd_budget}
+        self.accountant = Accountant(budgets | ({} if self.sparse is None else {"index": settings.index_budget}))
         self.policies = Policies(
             device=Window(settings.sink_tokens),
             host=by_name(EVICTION, settings.eviction),
@@ -71,10 +73,12 @@ class Engine:
         self._executor = executor
         self._mover: Mover | None = None
         self._loop: LoopThread | None = None
+        self.partitions: Partitions | None = None
+        """What the index knows, in sparse mode, from the first ``fit`` on."""
         self._streams = 0
         self._pid = os.getpid()
         self._buried: deque[Ids] = deque()
-        self._finalizer = weakref.finalize(self, _close, self.store, None, None, None)
+        self._finalizer = weakref.finalize(self, _close, self.store, None, None, None, None)
 
     # ------------------------------------------------------------------ set-up
     @property
@@ -110,6 +114,13 @@ class Engine:
             raise BudgetTooSmall("host", s.host_budget, self.mover.host_floor, "two runs of blocks must fit")
         return shape
 
+    def sealed(self, ids: Ids) -> None:
+        """A run of blocks is full."""
+        with self.mover.lock:
+            self.mover.ledger.seal(ids)
+        if self.partitions is not None:
+            self.partitions.offer(ids)
+
     def new_stream(self) -> int:
         """A name for the blocks of one sequence, none of which another sequence writes."""
         self._streams += 1
@@ -117,6 +128,8 @@ class Engine:
 
     def _start(self, slot_bytes: int, device: torch.device) -> None:
         s = self.settings
+        if self.sparse is not None and device.type != "cpu":
+            raise ConfigError(f"mode='sparse' works on the CPU so far, not on {device}: use mode='exact'")
         executor = self._executor or Threads(s.io_threads, "alaya-io")
         ssd = self.store.tier(s.io, self.accountant, s.segment_tokens, s.io_threads)
         publish = partial(_publish, self.store, ssd, executor, s.segment_tokens)
@@ -124,8 +137,11 @@ class Engine:
         host_tier = HostTier(s.host_budget, slot_bytes, self.accountant)
         self._mover = Mover(s, self.policies, device_tier, host_tier, ssd, executor, publish)
         self._loop = LoopThread()
+        if self.sparse is not None:
+            wake = partial(self._loop.call, self._mover.changed)
+            self.partitions = Partitions(s, self._mover, self.accountant, wake)
         self._finalizer.detach()
-        self._finalizer = weakref.finalize(self, _close, self.store, self._mover, self._loop, executor)
+        self._finalizer = weakref.finalize(self, _close, self.store, self._mover, self._loop, executor, self.partitions)
 
     # ------------------------------------------------------------------ the write path
     def open_blocks(self, layer: int, stream: int, start: int, heads: int) -> int:
@@ -273,9 +289,7 @@ class Engine:
 
     def tensor(self, block: int) -> Tensor:
         """The memory of a pinned block, uint8 [slot_bytes], on the device it lies on."""
-        mover = self.mover
-        slot = int(mover.ledger.device[block])
-        return mover.device.tensor(slot) if slot >= 0 else mover.host.tensor(int(mover.ledger.host[block]))
+        return self.mover.tensor(block)
 
     def _count(self, ids: Ids) -> None:
         """Note where attention found blocks of one layer that are in memory."""
@@ -303,8 +317,8 @@ class Engine:
         """Bytes of blocks in a tier."""
         if self._mover is None or self.closed:
             return 0
-        if tier == "ssd":
-            return self.accountant.used["ssd"]
+        if tier in ("ssd", "index"):
+            return self.accountant.used[tier]
         memory = self._mover.device if tier == "device" else self._mover.host
         return (memory.capacity - memory.free) * memory.slot_bytes
 
@@ -409,13 +423,21 @@ async def _publish(store: Store, ssd: SsdTier, executor: Executor, segment_token
     await store.publish(ssd, number, segment_tokens)
 
 
-def _close(store: Store, mover: Mover | None, loop: LoopThread | None, executor: Executor | None) -> None:
+def _close(
+    store: Store,
+    mover: Mover | None,
+    loop: LoopThread | None,
+    executor: Executor | None,
+    partitions: Partitions | None,
+) -> None:
     """What is left of an engine, taken down from the top."""
     if threading.current_thread().name.startswith(
         "alaya-"
     ):  # garbage-collected on a thread that cannot wait for itself
-        threading.Thread(target=_close, args=(store, mover, loop, executor)).start()
+        threading.Thread(target=_close, args=(store, mover, loop, executor, partitions)).start()
         return
+    if partitions is not None and loop is not None and loop.here:
+        partitions.close()
     if loop is not None and mover is not None and executor is not None and loop.here:
         loop.close(mover.close)
         executor.close()

@@ -42,7 +42,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.alaya_borrow(_gomp_parallel())
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     attend_arguments: list[type[Any]] = [number] + [pointer] * 6 + [number] * 6
-    library.alaya_attend_blocks.argtypes = attend_arguments + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 2
+    library.alaya_attend_blocks.argtypes = attend_arguments + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 3
     library.alaya_attend_lists.argtypes = (
         [number] + [pointer] * 3 + [number] * 4 + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 2
     )
@@ -75,6 +75,7 @@ def attend(
     hi: npt.NDArray[np.int32],
     out: Tensor,
     lse: Tensor,
+    top: Tensor | None = None,
 ) -> None:
     """attention.attend_blocks on arguments contiguous in their last dimension.
 
@@ -86,6 +87,7 @@ def attend(
         torch.get_num_threads(), q.data_ptr(),
         _address(addresses), _address(starts), _address(counts), _address(lo), _address(hi),
         heads, rows, len(starts), addresses.strides[0] // 8, *dims, scale, softcap, out.data_ptr(), lse.data_ptr(),
+        None if top is None else top.data_ptr(),
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for the partial results of attention")

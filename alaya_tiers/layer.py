@@ -98,7 +98,7 @@ class Layer:
 
     def _append(self, row: Row, k: Tensor, v: Tensor) -> None:
         size = self.shape.tokens
-        mover, done, n = self.engine.mover, 0, k.shape[1]
+        done, n = 0, k.shape[1]
         while done < n:
             offset = (self.length + done) % size
             ids = self._open(row, self.length + done, offset)
@@ -106,8 +106,7 @@ class Layer:
             self._write(ids, offset, k[:, done : done + take], v[:, done : done + take])
             done += take
             if offset + take == size:
-                with mover.lock:
-                    mover.ledger.seal(ids)
+                self.engine.sealed(ids)
 
     def _write(self, ids: Ids, offset: int, k: Tensor, v: Tensor) -> None:
         """Put rows into open blocks, from row ``offset`` on. k, v: [kv_heads, n, dim]."""

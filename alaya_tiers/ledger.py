@@ -27,7 +27,7 @@ Mask = npt.NDArray[np.bool_]
 Slots = npt.NDArray[np.int32]
 
 IDLE, FETCHING, WRITING = 0, 1, 2
-NOWHERE = -1
+NOWHERE, UNCODABLE = -1, -2
 
 _FIELDS: dict[str, tuple[type, int]] = {
     "device": (np.int32, NOWHERE),
@@ -45,6 +45,7 @@ _FIELDS: dict[str, tuple[type, int]] = {
     "start": (np.int64, 0),
     "used": (np.int64, 0),
     "ahead": (np.bool_, 0),
+    "code": (np.int32, NOWHERE),
 }
 
 
@@ -54,6 +55,7 @@ class Freed(NamedTuple):
     device: Slots
     host: Slots
     file: npt.NDArray[np.int32]
+    code: Slots = np.empty(0, np.int32)
 
 
 class Ledger:
@@ -78,6 +80,8 @@ class Ledger:
     used: npt.NDArray[np.int64]
     ahead: Mask
     """Read before it was asked for, and not asked for yet."""
+    code: Slots
+    """Slot of the block's codes, NOWHERE until they are made, UNCODABLE when they cannot be."""
 
     def __init__(self) -> None:
         for name, (dtype, default) in _FIELDS.items():
@@ -181,6 +185,16 @@ class Ledger:
         self.host[ids], self.ahead[ids] = NOWHERE, False
         return slots
 
+    # ------------------------------------------------------------------ codes
+    def codable(self, ids: Ids) -> bool:
+        """Whether codes of these blocks could be made now: sealed, held, in memory, and not coded yet."""
+        return bool((self.sealed[ids] & (self.refs[ids] > 0) & (self.code[ids] == NOWHERE) & self.readable(ids)).all())
+
+    def coded(self, ids: Ids, slots: Slots | int) -> None:
+        """The codes of blocks are in ``slots``, or UNCODABLE."""
+        assert (self.code[ids] == NOWHERE).all(), "a block was coded twice"
+        self.code[ids] = slots
+
     # ------------------------------------------------------------------ use
     def begin_pass(self, layer: int) -> None:
         """Attention of ``layer`` starts: what is used from here on was used in this pass."""
@@ -271,8 +285,9 @@ class Ledger:
             return NOTHING
         self.moves += 1
         device, host, file = self.device[dead], self.host[dead], self.file[dead]
-        freed = Freed(device[device >= 0], host[host >= 0], file[file >= 0])
-        self.device[dead] = self.host[dead] = self.file[dead] = NOWHERE
+        code = self.code[dead]
+        freed = Freed(device[device >= 0], host[host >= 0], file[file >= 0], code[code >= 0])
+        self.device[dead] = self.host[dead] = self.file[dead] = self.code[dead] = NOWHERE
         self.sealed[dead] = self.ahead[dead] = False
         for first in self._dead_groups(dead):
             self._reusable.setdefault(int(self._group[first]), []).append(first)

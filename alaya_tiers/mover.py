@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.config import Settings
@@ -76,6 +77,8 @@ class Mover:
         self.settings, self.policies, self.device, self.host, self.ssd = settings, policies, device, host, ssd
         self.ledger, self.traffic, self.lock = Ledger(), Traffic(), threading.RLock()
         self.shapes: dict[int, BlockShape] = {}
+        self.codes: Arena | None = None
+        """Where codes of blocks are, if there are any."""
         self.garbage: list[str] = []
         """Files nothing lives in any more; the writer removes them."""
         self.publish = publish
@@ -161,6 +164,11 @@ class Mover:
         host = self.host.addresses(np.ascontiguousarray(self.ledger.host[ids]))
         return np.where(on_device, self.device.addresses(device), host)
 
+    def tensor(self, block: int) -> Tensor:
+        """The memory of a pinned block, uint8 [slot_bytes], on the device it lies on."""
+        slot = int(self.ledger.device[block])
+        return self.device.tensor(slot) if slot >= 0 else self.host.tensor(int(self.ledger.host[block]))
+
     def copy_down(self, source: Ids, target: Ids, nbytes: int) -> None:
         """Copy the first ``nbytes`` of readable, pinned blocks to open ones."""
         book = self.ledger
@@ -177,6 +185,8 @@ class Mover:
 
     def give_back(self, freed: Freed) -> None:
         """Return what dead blocks left behind to the tiers."""
+        if freed.code.size and self.codes is not None:
+            self.codes.give(freed.code)
         if freed.device.size:
             self.device.give(freed.device)
         if freed.host.size:

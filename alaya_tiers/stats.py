@@ -31,6 +31,51 @@ class Touched:
         return self.device + self.host + self.ahead + self.waited
 
 
+@dataclass(slots=True)
+class SparseUse:
+    """What sparse attention used, over all its steps; a step is one query of one query head in one layer.
+
+    attended, visible: tokens, of these in the window (always attended). scanned_bytes: of codes. recovered: sum over
+    steps of the share of attention mass that was attended and not estimated, and least: the smallest. With
+    ``measure_mass`` also measured: steps compared, and of those true_recovered, the sum of the true shares, true_least,
+    and error, the sum of |out - exact| / |exact|, and worst_error. exact: steps in sparse mode that attended exactly.
+    """
+
+    steps: int = 0
+    exact: int = 0
+    attended: int = 0
+    window: int = 0
+    visible: int = 0
+    scanned_bytes: int = 0
+    recovered: float = 0.0
+    least: float = 1.0
+    measured: int = 0
+    true_recovered: float = 0.0
+    true_least: float = 1.0
+    error: float = 0.0
+    worst_error: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Means, as JSON values."""
+        n, m = max(1, self.steps), max(1, self.measured)
+        return {
+            "steps": self.steps,
+            "exact_steps": self.exact,
+            "attended_share": self.attended / max(1, self.visible),
+            "attended_tokens": self.attended / n,
+            "window_tokens": self.window / n,
+            "visible_tokens": self.visible / n,
+            "scanned_bytes": self.scanned_bytes,
+            "recovered_mass": self.recovered / n,
+            "least_recovered_mass": self.least,
+            "measured_steps": self.measured,
+            "true_recovered_mass": self.true_recovered / m,
+            "true_least_recovered_mass": self.true_least,
+            "output_error": self.error / m,
+            "worst_output_error": self.worst_error,
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class Stats:
     """A snapshot. Sizes in bytes, times in seconds, counts since the cache was made.
@@ -38,6 +83,7 @@ class Stats:
     tokens: length of the context. kv_bytes: what a dense cache would hold. tiers: by name. touched: what attention
     read. read_bytes, written_bytes: moved from and to ssd. waited_seconds: time attention and update spent waiting for
     storage. gathered: how often a full K and V were materialised because some code looked inside them, and the largest.
+    sparse: what sparse mode used, None in exact mode.
     """
 
     tokens: int
@@ -52,6 +98,7 @@ class Stats:
     gathered_bytes: int
     direct_io: bool
     path: str | None = field(default=None)
+    sparse: SparseUse | None = None
 
     @property
     def hit_rate(self) -> float:
@@ -66,4 +113,5 @@ class Stats:
 
     def as_dict(self) -> dict[str, Any]:
         """The snapshot as JSON values."""
-        return asdict(self) | {"hit_rate": self.hit_rate, "io_hidden": self.io_hidden}
+        sparse = None if self.sparse is None else self.sparse.as_dict()
+        return asdict(self) | {"hit_rate": self.hit_rate, "io_hidden": self.io_hidden, "sparse": sparse}

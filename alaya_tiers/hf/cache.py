@@ -121,6 +121,10 @@ class AlayaCache(DynamicCache):
         """Write all full blocks to the store, with the metadata any Zarr reader needs. Raises StoreError."""
         self.session.flush()
 
+    def build_index(self, say: Callable[[int, int], None] = lambda done, all_of_them: None) -> None:
+        """See Session.build_index."""
+        self.session.build_index(say)
+
     def close(self) -> None:
         """Free all memory and files, also those of forks. Using the cache afterwards raises SessionClosed."""
         self.session.engine.close()

@@ -1,0 +1,162 @@
+"""The index's part of each sealed block: made in idle time, kept in memory of its own budget.
+
+Tokens enter late, a block of them at a time. Nothing depends on a block's codes being there: until they are, or when
+there is no room for them, the block is attended exactly, which brings it into memory where its codes can be made.
+"""
+
+import contextlib
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import psutil
+import torch
+
+from alaya_tiers.blocks import BlockShape
+from alaya_tiers.config import Settings
+from alaya_tiers.index.codes import MOST_DIMS, Layout, Scratch, encode
+from alaya_tiers.ledger import NOWHERE, UNCODABLE, Ids
+from alaya_tiers.mover import Mover
+from alaya_tiers.tiers.arena import Arena, plain_slab
+from alaya_tiers.tiers.base import Accountant
+
+
+class Partitions:
+    """Codes of blocks, and the thread of low priority that makes them. wake: called when waiters may go on."""
+
+    def __init__(self, settings: Settings, mover: Mover, accountant: Accountant, wake: Callable[[], None]) -> None:
+        self._settings, self._mover, self._accountant, self._wake = settings, mover, accountant, wake
+        self._arena: Arena | None = None
+        self._queue: deque[Ids] = deque()
+        self._queued: set[int] = set()
+        self._ready = threading.Condition()
+        self._working = self._closing = False
+        self._making = threading.Lock()  # one block at a time: no block is coded twice
+        self._thread: threading.Thread | None = None
+        self.failure: Exception | None = None
+        """Why the last block that has no codes has none; it is attended exactly."""
+        self.scratch = Scratch()
+
+    def layout(self, shape: BlockShape) -> Layout:
+        """How blocks of a layer are coded."""
+        g = shape.geometry
+        return Layout(shape.tokens, g.k_dim, g.v_dim, self._settings.index_bits)
+
+    def offer(self, ids: Ids) -> None:
+        """Sealed blocks of one run, one a kv head: their codes will be made when there is time."""
+        first = int(ids[0])
+        with self._ready:
+            if self._closing or first in self._queued:
+                return
+            self._queue.append(ids)
+            self._queued.add(first)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="alaya-index", daemon=True)
+                self._thread.start()
+            self._ready.notify_all()
+
+    def wait(self) -> None:
+        """Until everything offered so far was tried."""
+        with self._ready:
+            self._ready.wait_for(lambda: self._closing or not (self._queue or self._working))
+
+    def make(self, ids: Ids) -> bool:
+        """Make the codes of blocks now, if they are in memory; whether they have some afterwards."""
+        with self._making:
+            return self._make(ids)
+
+    def _make(self, ids: Ids) -> bool:
+        mover, book = self._mover, self._mover.ledger
+        with mover.lock:
+            if not book.codable(ids):
+                return bool((book.code[ids] >= 0).all())
+            shape = mover.shapes[int(book.layer[ids[0]])]
+            layout = self.layout(shape)
+            if layout.k_dim > MOST_DIMS or (slots := self._room(layout, ids.size)) is None:
+                return False
+            held = mover.hold()
+            book.pin(ids)
+        coded = None
+        try:
+            g = shape.geometry
+            rows = torch.stack([mover.tensor(block)[: shape.nbytes].cpu() for block in ids.tolist()])
+            rows = rows.view(g.dtype).view(ids.size, -1, g.width)
+            coded = encode(rows[..., : g.k_dim], rows[..., g.k_dim :], layout)
+        finally:
+            with mover.lock:
+                if self._arena is not None:
+                    if coded is None:
+                        self._arena.give(slots)
+                        book.coded(ids, UNCODABLE)
+                    else:
+                        for slot, one in zip(slots.tolist(), coded, strict=True):
+                            self._arena.tensor(slot)[: layout.nbytes] = one
+                        book.coded(ids, slots)
+                mover.give_back(book.unpin(ids))
+                waited_for = mover.waited_for
+            del held
+            if waited_for:
+                self._wake()
+        return coded is not None
+
+    def of(self, ids: Ids) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64], object]:
+        """Which columns of ``ids`` [heads, n] are coded, addresses of their codes, and what keeps them in memory.
+
+        Columns that could be coded and are not are offered again.
+        """
+        with self._mover.lock:
+            code = self._mover.ledger.code[ids]
+            coded: npt.NDArray[np.bool_] = np.asarray((code >= 0).all(0))
+            missing = np.flatnonzero((code == NOWHERE).all(0))
+            if self._arena is None or not coded.any():
+                found, held = np.empty((ids.shape[0], 0), np.int64), None
+            else:
+                found, held = self._arena.addresses(code[:, coded]), self._arena.hold()
+        for column in missing[:64].tolist():
+            self.offer(ids[:, column])
+        return coded, found, held
+
+    def close(self) -> None:
+        """Stop after the blocks at hand; free all codes. Twice is fine."""
+        with self._ready:
+            self._closing = True
+            self._queue.clear()
+            self._ready.notify_all()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        with self._mover.lock:
+            if self._arena is not None:
+                self._arena.close()
+            self._arena = self._mover.codes = None
+
+    # ------------------------------------------------------------------ inside
+    def _room(self, layout: Layout, n: int) -> npt.NDArray[np.int32] | None:
+        """Slots for codes; None when the budget is used up, or these are larger than those of the first layer."""
+        if self._closing:
+            return None
+        if self._arena is None:
+            budget = self._settings.index_budget
+            budget = psutil.virtual_memory().total if budget is None else budget
+            self._arena = self._mover.codes = Arena("index", budget, layout.nbytes, self._accountant, plain_slab)
+        return None if layout.nbytes > self._arena.slot_bytes else self._arena.take(n)
+
+    def _work(self) -> None:
+        with contextlib.suppress(OSError, AttributeError):  # Linux: the priority of this thread alone
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        while True:
+            with self._ready:
+                self._working = False
+                self._ready.notify_all()
+                self._ready.wait_for(lambda: self._closing or self._queue)
+                if self._closing:
+                    return
+                ids = self._queue.popleft()
+                self._queued.discard(int(ids[0]))
+                self._working = True
+            try:
+                self.make(ids)
+            except Exception as error:  # nothing depends on it
+                self.failure = error

@@ -1,0 +1,243 @@
+"""Sparse mode: the window and what matters exactly, the rest estimated; whatever is missing is attended exactly."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from alaya_tiers import AlayaCache
+from alaya_tiers.cache import Session, Visible
+from alaya_tiers.errors import ConfigError
+from alaya_tiers.stats import SparseUse
+from tests.tiny import generate, prompt, tiny
+
+BLOCK = 16
+SIZES: dict[str, Any] = {
+    "mode": "sparse",
+    "block_tokens": BLOCK,
+    "segment_tokens": 4 * BLOCK,
+    "sink_tokens": BLOCK,
+    "recent_tokens": 2 * BLOCK,
+    "io": "buffered",
+}
+ROOM: dict[str, Any] = {"device_budget": "1MiB", "host_budget": "4MiB"}
+TIGHT: dict[str, Any] = {"device_budget": 3 * 2 * 4096, "host_budget": 16 * 2 * 4096}
+
+
+def filled(k: Tensor, v: Tensor, **changes: Any) -> AlayaCache:
+    """A cache with one layer that holds k and v, its codes made."""
+    cache = AlayaCache(**(SIZES | ROOM | changes))
+    cache.session.update(0, k, v)
+    wait(cache)
+    return cache
+
+
+def wait(cache: AlayaCache) -> None:
+    partitions = cache.session.engine.partitions
+    assert partitions is not None
+    partitions.wait()
+    assert partitions.failure is None
+
+
+def ask(session: Session, q: Tensor, lo: int = 0, **changes: Any) -> Tensor:
+    length, n = session.length(0), q.shape[2]
+    seen = Visible.causal(length - n, n)
+    seen.lo[:] = lo
+    return session.attention(0, q, [seen] * q.shape[0], 0.25, **changes)
+
+
+def truth(k: Tensor, v: Tensor, q: Tensor, lo: int = 0, softcap: float | None = None) -> Tensor:
+    group, n = q.shape[1] // k.shape[1], q.shape[2]
+    scores = 0.25 * q.double() @ k.double().repeat_interleave(group, 1).mT
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    p = torch.arange(k.shape[2])
+    hidden = (p > torch.arange(k.shape[2] - n, k.shape[2])[:, None]) | (p < lo)
+    return torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ v.double().repeat_interleave(group, 1)
+
+
+def kv(n: int, rows: int = 1, heads: int = 2, dim: int = 16) -> tuple[Tensor, Tensor]:
+    return torch.randn(rows, heads, n, dim), torch.randn(rows, heads, n, dim)
+
+
+def used(cache: AlayaCache) -> SparseUse:
+    use = cache.stats().sparse
+    assert use is not None
+    return use
+
+
+@pytest.mark.parametrize("room", [ROOM, TIGHT], ids=["in memory", "on ssd"])
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_sharp_queries_get_the_exact_answer_from_a_few_keys(
+    room: dict[str, Any], softcap: float | None, bits: int
+) -> None:
+    k, v = kv(1000)
+    q = 12 * torch.randn(1, 8, 1, 16)
+    with filled(k, v, index_bits=bits, measure_mass=True, **room) as cache:
+        ask(cache.session, q, softcap=softcap)
+        cache.build_index()
+        cache.session.engine.sparse = SparseUse()
+        got = ask(cache.session, q, softcap=softcap)
+        want = truth(k, v, q, softcap=softcap)
+        assert float((got - want).norm() / want.norm()) < 0.02
+        use = used(cache)
+        assert (use.steps, use.exact) == (8, 0)
+        assert use.attended < 0.5 * use.visible
+        assert use.recovered / use.steps > 0.97
+        assert abs(use.recovered - use.true_recovered) < 0.02 * use.steps
+        assert use.error / use.measured < 0.02
+        wait(cache)
+        assert cache.session.engine.mover.ledger.pinned_count() == 0
+        if room is TIGHT:
+            assert cache.stats().read_bytes > 0
+
+
+def test_diffuse_queries_are_estimated() -> None:
+    """Keys that all matter a little: a budget of a few of them, and still nearly the right answer."""
+    k, v = kv(2000)
+    v += torch.arange(2000)[:, None] / 500  # values that have something in common with their neighbours
+    q = 0.5 * torch.randn(1, 8, 1, 16)
+    with filled(k, v, most_selected=20) as cache:
+        got, want = ask(cache.session, q), truth(k, v, q)
+        assert float((got - want).norm() / want.norm()) < 0.05
+        use = used(cache)
+        assert use.attended <= use.window + 20 * use.steps
+        assert use.recovered / use.steps < 0.2  # and it says so
+
+
+def test_a_provable_scan_attends_to_every_key_that_matters() -> None:
+    k, v = kv(600)
+    q = 4 * torch.randn(1, 8, 1, 16)
+    with filled(k, v, index_sure=0, alpha=1e-6, index_bits=4) as cache:
+        torch.testing.assert_close(ask(cache.session, q).double(), truth(k, v, q), atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("lo", [0, 37, 500])
+@pytest.mark.parametrize("n", [1, 4])
+def test_padding_and_several_queries(lo: int, n: int) -> None:
+    k, v = kv(1000, rows=2)
+    q = 12 * torch.randn(2, 4, n, 16)
+    with filled(k, v) as cache:
+        got, want = ask(cache.session, q, lo), truth(k, v, q, lo)
+        assert float((got - want).norm() / want.norm()) < 0.03
+        assert used(cache).steps == 2 * 4 * n
+
+
+def test_what_cannot_be_coded_is_attended_exactly() -> None:
+    k, v = kv(1000)
+    k[0, 0, 300], v[0, 1, 700] = 1e20, 1e18
+    q = 3 * torch.randn(1, 8, 1, 16)
+    with filled(k, v) as cache:
+        got, want = ask(cache.session, q), truth(k, v, q)
+        assert float((got - want).norm() / want.norm()) < 0.02
+        partitions = cache.session.engine.partitions
+        assert partitions is not None
+        state = cache.session.layers[0]
+        coded, _, _ = partitions.of(state.ids(state.rows[0].first[: 1000 // BLOCK]))
+        assert (~coded).nonzero()[0].tolist() == [300 // BLOCK, 700 // BLOCK]
+        nan = q.clone()
+        nan[0, 0] = torch.nan
+        assert ask(cache.session, nan)[0, 0].isnan().all()
+        assert used(cache).exact == 8
+
+
+def test_a_small_index_budget_leaves_the_rest_exact() -> None:
+    k, v = kv(1000)
+    q = 12 * torch.randn(1, 8, 1, 16)
+    with filled(k, v, index_budget="16KiB") as cache:
+        assert float((ask(cache.session, q) - truth(k, v, q)).norm()) < 0.05
+        index = cache.stats().tiers["index"]
+        assert index.peak <= 16 << 10
+        assert index.budget == 16 << 10
+
+
+def test_an_index_is_built_block_by_block_whatever_interrupts_it() -> None:
+    k, v = kv(1000)
+    q = 12 * torch.randn(1, 8, 1, 16)
+    with AlayaCache(**(SIZES | TIGHT)) as cache:
+        cache.session.update(0, k[:, :, :16], v[:, :, :16])
+        maker = cache.session.engine.partitions
+        assert maker is not None
+        maker.offer = lambda ids: None  # type: ignore[method-assign]  # no idle time
+        cache.session.update(0, k[:, :, 16:], v[:, :, 16:])
+        wait(cache)
+        torch.testing.assert_close(ask(cache.session, q).double(), truth(k, v, q), atol=1e-4, rtol=1e-3)
+        assert used(cache).exact == 8
+        seen: list[tuple[int, int]] = []
+
+        def interrupted(done: int, of: int) -> None:
+            seen.append((done, of))
+            if done == 20:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            cache.build_index(interrupted)
+        cache.build_index(lambda done, of: seen.append((done, of)))
+        assert seen[0][1] - 20 == seen[-1][1] == seen[-1][0]
+        want = truth(k, v, q)
+        assert float((ask(cache.session, q) - want).norm() / want.norm()) < 0.02
+        assert used(cache).steps == 8
+        cache.build_index(lambda done, of: pytest.fail("nothing is left to build"))
+
+
+def test_short_contexts_are_exact() -> None:
+    k, v = kv(6 * BLOCK)
+    q = torch.randn(1, 8, 1, 16)
+    with filled(k, v) as cache:
+        torch.testing.assert_close(ask(cache.session, q).double(), truth(k, v, q), atol=1e-5, rtol=1e-4)
+        assert (used(cache).steps, used(cache).exact) == (0, 8)
+
+
+def test_forks_share_codes_and_dead_blocks_give_them_back() -> None:
+    k, v = kv(1000)
+    q = 12 * torch.randn(1, 8, 1, 16)
+    with filled(k, v) as cache:
+        partitions = cache.session.engine.partitions
+        assert partitions is not None
+        arena = partitions._arena
+        assert arena is not None
+        before = arena.used
+        assert before == 1000 // BLOCK * 2
+        fork = copy.deepcopy(cache)
+        more, values = kv(100)
+        fork.session.update(0, more, values)
+        wait(cache)
+        whole = torch.cat([k, more], 2), torch.cat([v, values], 2)
+        for one, pair in ((fork, whole), (cache, (k, v))):
+            want = truth(*pair, q)
+            assert float((ask(one.session, q) - want).norm() / want.norm()) < 0.02
+        assert before < arena.used < 1.2 * before
+        fork.session.clear()
+        assert arena.used == before
+        cache.session.crop(500)
+        assert arena.used == -(-500 // BLOCK) * 2
+        want = truth(k[:, :, :500], v[:, :, :500], q)
+        assert float((ask(cache.session, q) - want).norm() / want.norm()) < 0.02
+        cache.session.engine.mover.ledger.check_integrity()
+
+
+@pytest.mark.parametrize("implementation", ["alaya", "sdpa"])
+def test_generation(implementation: str) -> None:
+    """With every key in reach the tokens are those of DynamicCache; left padding and beams go the same way."""
+    model = tiny()
+    model.set_attn_implementation(implementation)
+    inputs = {"input_ids": prompt(1, 300)}
+    for mode in ({}, {"num_beams": 2}, {"prefill_chunk_size": 64}):
+        expected = generate(model, DynamicCache(config=model.config), inputs, **mode)
+        with AlayaCache(config=model.config, alpha=1e-9, **SIZES, **ROOM) as cache, _quiet():
+            assert torch.equal(generate(model, cache, inputs, **mode), expected)
+            assert used(cache).steps > 0
+
+
+def _quiet() -> Any:
+    return warnings.catch_warnings(action="ignore")
+
+
+def test_settings_that_make_no_sense() -> None:
+    for wrong in ({"alpha": 0.0}, {"alpha": 2.0}, {"index_bits": 3}, {"index_sure": -1.0}, {"most_selected": -1}):
+        with pytest.raises(ConfigError):
+            AlayaCache(**(SIZES | wrong))
