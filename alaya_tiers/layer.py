@@ -10,6 +10,7 @@ from torch import Tensor
 from alaya_tiers.attention import BlockList, write_rows
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.engine import Engine
+from alaya_tiers.index.plan import History
 from alaya_tiers.ledger import Ids
 
 
@@ -54,6 +55,7 @@ class Layer:
         self.engine, self.number, self.shape = engine, number, shape
         self.length = 0
         self.rows = [Row(engine.new_stream()) for _ in range(rows)]
+        self.history = History()
 
     def ids(self, first: npt.NDArray[np.int64]) -> Ids:
         """Block ids of runs, [kv_heads, runs]."""

@@ -5,8 +5,8 @@
  * mean value [v_dim], scale [tokens], then the codes: 16 tokens x 4 dims together (8 bits), 16 tokens x 8 dims (4 bits,
  * the first four dims in the low halves). tokens is a multiple of 16, dims of 8.
  *
- * Pieces of a head's blocks are scanned by threads, each against the best score it knows; then one pass per head drops
- * what the best of all pieces rules out.
+ * Pieces of a head's blocks are scanned by threads: the last piece first, the others against the best score in it; then
+ * one pass per head drops what the best of all pieces rules out.
  *
  * Like attend.c this file includes itself once per instruction set.
  */
@@ -100,8 +100,15 @@ static float bound(const scan *f, int64_t hr, float width, float scale)
 static void one_scan_piece(void *data, int64_t item, int64_t worker)
 {
     const scan *f = data;
+    int64_t others = f->pieces - 1;
     (void)worker;
-    f->piece(f, item / f->pieces, item % f->pieces);
+    if (item < f->heads) f->piece(f, item, others);
+    else f->piece(f, (item - f->heads) / others, (item - f->heads) % others);
+}
+
+static void one_other_piece(void *data, int64_t item, int64_t worker)
+{
+    one_scan_piece(data, item + ((const scan *)data)->heads, worker);
 }
 
 static const float *block_of(const scan *f, int64_t head, int32_t token)
@@ -264,7 +271,8 @@ int alaya_scan(int64_t threads, const float *q, const int64_t *blocks, const int
     if (!failed) {
         f->q_norm = f->q_unit + hr, f->q_error = f->q_norm + hr;
         round_queries(f);
-        alaya_run(threads, one_scan_piece, &s, heads * f->pieces, 1);
+        alaya_run(threads, one_scan_piece, &s, heads, 1);
+        alaya_run(threads, one_other_piece, &s, heads * (f->pieces - 1), 1);
         alaya_run(threads, finish_head, &s, heads, 1);
     }
     free(f->q8), free(f->q_sum), free(f->q_unit);
@@ -336,7 +344,7 @@ typedef struct {
     float most[MAX_ROWS];    /* the largest in the estimate so far, scaled and capped: its weights are relative to it */
     float loud[MAX_ROWS];    /* that, unscaled */
     float faint[MAX_ROWS];   /* below this the estimate changes by less than 1e-13 of the largest */
-    float weight[MAX_ROWS];  /* of the present block, in the estimate */
+    vf weight[MAX_ROWS];     /* of the present block, in the estimate: a sum for each lane */
 } NAME(bars);
 
 /* A score of the estimate is larger than all before: weights so far shrink. */
@@ -369,7 +377,8 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
     NAME(bars) k;
     if (last > f->n) last = f->n;
     for (int64_t r = 0; r < rows; r++) {
-        const float seed = f->seed[at + r];
+        const float *last_top = f->piece_top + ((head + 1) * f->pieces - 1) * rows;
+        const float seed = piece == f->pieces - 1 || f->seed[at + r] > last_top[r] ? f->seed[at + r] : last_top[r];
         memset(sums + r * width, 0, sizeof(float) * (size_t)width);
         k.most[r] = k.loud[r] = k.faint[r] = -INFINITY;
         k.sure[r] = seed == -INFINITY ? seed : uncap(seed, f->scale, f->softcap);
@@ -386,7 +395,7 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
             const float *q = f->q + (at + r) * f->dims;
             int64_t d = 0;
             for (; d + VL <= f->dims; d += VL) sum += loadf(q + d) * loadf(mean_k + d);
-            k.weight[r] = 0;
+            k.weight[r] = (vf){0};
             offset[r] = NAME(total)(sum);
             for (; d < f->dims; d++) offset[r] += q[d] * mean_k[d];
         }
@@ -395,7 +404,6 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
             int32_t near[LANES] = {0};
             const uint8_t *c = codes + t / LANES * code_bytes;
             int64_t r = 0;
-            for (int64_t line = 0; line < code_bytes; line += 64) __builtin_prefetch(c + 4 * code_bytes + line, 0, 2);
             for (; r + GROUP <= rows; r += GROUP)
                 if (f->bits == 8) NAME(dots16)(c, q8 + r * 2 * f->dims, q_sum + r, f->dims, 8, GROUP, x + r);
                 else NAME(dots16)(c, q8 + r * 2 * f->dims, q_sum + r, f->dims, 4, GROUP, x + r);
@@ -445,11 +453,11 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
                 vf weight = {0};
                 for (int i = 0; i < LANES; i += VL)
                     weight += vexp(NAME(vcap)(loadf(x[r] + i) * f->scale, f->softcap) - k.most[r]);
-                k.weight[r] += NAME(total)(weight);
+                k.weight[r] += weight;
             }
         }
         for (int64_t r = 0; r < rows; r++) {
-            float *sum = sums + r * width, w = k.weight[r];
+            float *sum = sums + r * width, w = NAME(total)(k.weight[r]);
             int64_t d = 0;
             for (; w > 0 && d + VL <= f->v_dim; d += VL) storef(sum + d, loadf(sum + d) + w * loadf(mean_v + d));
             for (; w > 0 && d < f->v_dim; d++) sum[d] += w * mean_v[d];

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from alaya_tiers import kernel
 from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_lists, merge
-from alaya_tiers.engine import Engine
 from alaya_tiers.index.codes import MOST_ROWS, Reach, boundable, scan
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
@@ -45,59 +44,50 @@ def attend(
     exact: Exact,
     use: SparseUse,
 ) -> Partial | None:
-    """Attention of a few queries over one row; None where only exact attention would do, which the caller then does.
+    """Attention of a few queries over one row; None where exact attention is the plan, which the caller then does.
 
     q: [kv_heads, rows, k_dim]; visible without ``extra``. Raises StoreError.
     """
-    engine, partitions = state.engine, state.engine.partitions
-    s, g, size = engine.settings, state.shape.geometry, state.shape.tokens
+    partitions, s, g, size = state.engine.partitions, state.engine.settings, state.shape.geometry, state.shape.tokens
     assert partitions is not None
     low, high = int(visible.lo.max()), int(visible.hi.min())
+    begin, end = int(visible.lo.min()) // size, -(-int(visible.hi.max()) // size)
     first, last = -(-(low + s.sink_tokens) // size), min(high - s.recent_tokens, state.length) // size
     if last - first < LEAST or g.dtype not in kernel.DTYPES or q.shape[1] > MOST_ROWS or not boundable(q):
         return None
-    middle = np.arange(first, last)
     coded, codes, held = partitions.of(state.ids(row.first[first:last]))
-    if int(coded.sum()) < LEAST:
+    if int(coded.sum()) < LEAST or state.history.skips():
         return None
+    middle = np.arange(first, last)
+    runs, outside = middle[coded], np.concatenate([np.arange(begin, first), middle[~coded], np.arange(last, end)])
     group = q.shape[1] // visible.lo.size
     lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
-    outside = np.concatenate(
-        [
-            np.arange(int(visible.lo.min()) // size, first),
-            middle[~coded],
-            np.arange(last, -(-int(visible.hi.max()) // size)),
-        ]
-    )
-    parts, seed = [], torch.full(q.shape[:2], -torch.inf)
-    for blocks in exact(outside):
-        top = torch.empty(q.shape[:2])
-        parts.append(attend_blocks(q, blocks, scale, lo, hi, softcap, top))
-        seed = torch.maximum(seed, top)
-    runs, layout = middle[coded], partitions.layout(state.shape)
+
+    def dense(some: Runs, top: Tensor | None = None) -> Iterator[Partial]:
+        for blocks in exact(some):
+            here = torch.empty(q.shape[:2])
+            yield attend_blocks(q, blocks, scale, lo, hi, softcap, here)
+            if top is not None:
+                torch.maximum(top, here, out=top)
+
+    seed = torch.full(q.shape[:2], -torch.inf)
+    parts = list(dense(outside, seed))
+    layout = partitions.layout(state.shape)
     reach = Reach.of_share(s.alpha, s.most_selected, s.index_sure or None)
-    begin, count = np.zeros(runs.size, np.int32), np.full(runs.size, size, np.int32)
-    found = scan(q, codes, begin, count, layout, reach, scale, softcap, seed, partitions.scratch)
+    zero, full = np.zeros(runs.size, np.int32), np.full(runs.size, size, np.int32)
+    found = scan(q, codes, zero, full, layout, reach, scale, softcap, seed, partitions.scratch)
     del held
-    parts += _lists(
-        engine, state, row, q, [(runs[t // layout.rows], t % layout.rows) for t in found.tokens], scale, softcap
-    )
-    near, rest = merge(parts), Partial(found.rest.to(q.device), found.rest_lse.to(q.device))
-    whole = merge((near, rest))
-    window = sum(min(state.length, int(run) * size + size) - int(run) * size for run in outside.tolist())
-    _note(
-        use,
-        near,
-        whole,
-        q,
-        window,
-        sum(t.size for t in found.tokens) / g.kv_heads,
-        high - low,
-        codes.size * layout.nbytes,
-    )
+    n_found, n_coded = sum(tokens.size for tokens in found.tokens), runs.size * size * g.kv_heads
+    if state.history.judge(n_found, n_coded):
+        use.exact += seed.numel()
+        return merge([*parts, *dense(runs)])
+    near = merge([*parts, *_lists(state, row, q, runs, found.tokens, layout.rows, scale, softcap)])
+    whole = merge((near, Partial(found.rest.to(q.device), found.rest_lse.to(q.device))))
+    window = int((np.minimum(state.length, (outside + 1) * size) - outside * size).sum())
+    _note(use, torch.exp(near.lse - whole.lse), window, n_found / g.kv_heads, high - low)
+    use.scanned_bytes += codes.size * layout.nbytes
     if s.measure_mass:
-        everything = np.arange(int(visible.lo.min()) // size, -(-int(visible.hi.max()) // size))
-        _compare(use, near, whole, merge([attend_blocks(q, b, scale, lo, hi, softcap) for b in exact(everything)]))
+        _compare(use, near, whole, merge(list(dense(np.arange(begin, end)))))
     return whole
 
 
@@ -119,29 +109,39 @@ def build(states: list[Layer], say: Callable[[int, int], None]) -> None:
 
 
 def _lists(
-    engine: Engine,
     state: Layer,
     row: Row,
     q: Tensor,
-    found: list[tuple[Runs, npt.NDArray[np.int32]]],
+    runs: Runs,
+    found: list[npt.NDArray[np.int32]],
+    rows: int,
     scale: float,
     softcap: float | None,
 ) -> Iterator[Partial]:
-    """Exact attention over single tokens of each head, given as (run, offset), batch by batch as blocks arrive."""
-    g = state.shape.geometry
-    counts = [offsets.size for _, offsets in found]
-    if not sum(counts):
+    """Exact attention over single tokens of each head, batch by batch as their blocks arrive.
+
+    found: for each head, place of the run in ``runs`` x ``rows`` + offset, ascending.
+    """
+    engine, g = state.engine, state.shape.geometry
+    counts = np.array([tokens.size for tokens in found])
+    if not counts.any():
         return
-    heads = np.repeat(np.arange(g.kv_heads), counts)
-    runs, offsets = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    blocks, block_of = np.unique(row.first[runs] + heads, return_inverse=True)
+    tokens, first = np.concatenate(found), np.append(0, np.cumsum(counts))
+    offsets = tokens % rows * g.row_bytes
+    cell = tokens // rows + np.repeat(np.arange(g.kv_heads) * runs.size, counts)  # of a table [heads, runs]
+    wanted = np.zeros(g.kv_heads * runs.size, bool)
+    wanted[cell] = True
+    cells, blocks = np.flatnonzero(wanted), state.ids(row.first[runs]).ravel()[wanted]
     for columns, batch in engine.reading(blocks[None], _nothing_more):
-        base = np.full(blocks.size, -1, np.int64)
-        base[columns] = engine.addresses(batch)[0]
-        here = base[block_of] >= 0
-        addresses = base[block_of[here]] + offsets[here] * g.row_bytes
-        first = np.searchsorted(heads[here], np.arange(g.kv_heads + 1))
-        yield attend_lists(q, addresses, first.astype(np.int64), g.k_dim, g.v_dim, g.dtype, scale, softcap)
+        base = np.full(wanted.size, -1, np.int64)
+        base[cells[columns]] = engine.addresses(batch)[0]
+        start = base[cell]
+        if columns.size == blocks.size:
+            yield attend_lists(q, start + offsets, first, g.k_dim, g.v_dim, g.dtype, scale, softcap)
+            continue
+        here = start >= 0
+        some = np.append(0, np.cumsum(here))[first]
+        yield attend_lists(q, (start + offsets)[here], some, g.k_dim, g.v_dim, g.dtype, scale, softcap)
 
 
 def _nothing_more() -> Iterator[Ids]:
@@ -149,16 +149,12 @@ def _nothing_more() -> Iterator[Ids]:
     return iter(())
 
 
-def _note(
-    use: SparseUse, near: Partial, whole: Partial, q: Tensor, window: int, found: float, visible: int, scanned: int
-) -> None:
-    share = torch.exp(near.lse - whole.lse)
+def _note(use: SparseUse, share: Tensor, window: int, found: float, visible: int) -> None:
     steps = share.numel()
     use.steps += steps
     use.window += window * steps
     use.attended += round((window + found) * steps)
     use.visible += visible * steps
-    use.scanned_bytes += scanned
     use.recovered += float(share.sum())
     use.least = min(use.least, float(share.min()))
 

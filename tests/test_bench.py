@@ -28,8 +28,9 @@ from alaya_tiers.tools.baselines import (
     Shape,
     build_model,
     in_place,
+    parse_contexts,
 )
-from alaya_tiers.tools.bench import Bench, Report, parse_contexts, run
+from alaya_tiers.tools.bench import Bench, Report, run
 
 TINY = Shape(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16)
 SIZES = ("--layers", "2", "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16")

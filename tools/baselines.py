@@ -97,6 +97,16 @@ def build_model(shape: Shape, positions: int) -> LlamaForCausalLM:
     return cast(LlamaForCausalLM, model.train(False).requires_grad_(False))
 
 
+def parse_contexts(text: str) -> tuple[int, ...]:
+    """``"8K,32K,1M"`` as numbers of tokens. Raises ConfigError."""
+    units = {"K": 1 << 10, "M": 1 << 20}
+    words = [word.strip().upper() for word in text.split(",")]
+    try:
+        return tuple(int(w[:-1]) * units[w[-1]] if w[-1:] in units else int(w) for w in words)
+    except ValueError as error:
+        raise ConfigError(f"cannot read {text!r} as context lengths; write e.g. 8K,32K,100000") from error
+
+
 class Context:
     """Standard normal K and V of any length: the same numbers for every cache, made when asked for."""
 

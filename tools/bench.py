@@ -44,6 +44,7 @@ from alaya_tiers.tools.baselines import (
     build_model,
     decode,
     measure,
+    parse_contexts,
 )
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
 
@@ -294,16 +295,6 @@ def plot(report: Report, path: Path) -> None:
 
 
 app = typer.Typer(help="Measure what this machine does with long contexts.", no_args_is_help=True)
-
-
-def parse_contexts(text: str) -> tuple[int, ...]:
-    """``"8K,32K,1M"`` as numbers of tokens. Raises ConfigError."""
-    units = {"K": 1 << 10, "M": 1 << 20}
-    words = [word.strip().upper() for word in text.split(",")]
-    try:
-        return tuple(int(w[:-1]) * units[w[-1]] if w[-1:] in units else int(w) for w in words)
-    except ValueError as error:
-        raise ConfigError(f"cannot read {text!r} as context lengths; write e.g. 8K,32K,100000") from error
 
 
 @app.command("decode")

@@ -1,0 +1,314 @@
+"""``alaya-tiers bench attention``: sparse attention against exact attention and against the limit of any exact one.
+
+One decode step of a few layers, without a model, over synthetic heads whose statistics are known. The limit is reading
+all keys and values once at the machine's own memory bandwidth: no exact attention can be faster.
+"""
+
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional
+
+from alaya_tiers.cache import Session, Visible
+from alaya_tiers.config import Settings, format_bytes
+from alaya_tiers.engine import Engine
+from alaya_tiers.errors import AlayaError, ConfigError
+from alaya_tiers.index.plan import History
+from alaya_tiers.stats import SparseUse
+from alaya_tiers.tools import machine
+from alaya_tiers.tools.baselines import DTYPES, parse_contexts
+from alaya_tiers.tools.machine import Bandwidth, CpuUse
+
+Say = Callable[[str], None]
+
+CHUNK = 16_384
+TOPICS = 64
+
+HEADS: dict[str, float] = {"sharp": 6.0, "medium": 3.0, "diffuse": 1.0}
+"""Standard deviation of a head's scores: 6 puts nearly all mass on a few keys, 1 spreads it over thousands."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to measure. layers: as many as make the codes larger than the processor's caches. Raises ConfigError."""
+
+    contexts: tuple[int, ...] = (32 << 10, 128 << 10)
+    kv_heads: int = 4
+    group: int = 4
+    head_dim: int = 64
+    layers: int = 4
+    dtype: str = "fp32"
+    alpha: float = 0.012
+    bits: int = 8
+    sure: float = 3.0
+    most: int | None = None
+    steps: int = 15
+    memory_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        if min(*self.contexts, self.kv_heads, self.group, self.head_dim, self.layers, self.steps) < 1:
+            raise ConfigError("contexts, heads, dims, layers and steps must be positive")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype!r} is not known; choose one of {', '.join(DTYPES)}")
+
+    @property
+    def token_bytes(self) -> int:
+        """KV bytes of one token, all layers."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPES[self.dtype].itemsize
+
+
+@dataclass(slots=True)
+class Kind:
+    """One kind of head at one length: seconds of each step (all layers), and what sparse attention used."""
+
+    name: str
+    exact: list[float]
+    dense: list[float]
+    sparse: list[float]
+    use: dict[str, Any]
+    prefix: list[float] = field(default_factory=list)
+    """The same seeing the first fifth of the context only."""
+
+
+@dataclass(slots=True)
+class Row:
+    """One context length."""
+
+    tokens: int
+    kv_bytes: int
+    index_bytes: int
+    build_seconds: float
+    kinds: list[Kind] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Found:
+    """All that was measured."""
+
+    plan: Plan
+    machine: dict[str, Any]
+    memory: Bandwidth
+    cpu_of_others: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+
+    def limit(self, row: Row) -> float:
+        """Seconds to read a row's KV once."""
+        return row.kv_bytes / self.memory.best
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        rows = [asdict(row) | {"limit_seconds": self.limit(row)} for row in self.rows]
+        facts = {"benchmark": "attention", "machine": self.machine, "cpu_of_others": self.cpu_of_others}
+        return facts | {"plan": asdict(self.plan), "memory": self.memory.as_dict(), "rows": rows}
+
+
+class Heads:
+    """Keys and values of any length, chunk by chunk: topics that come and go, outlier channels, sinks.
+
+    Values have a topic's mean, so that there is something to estimate. Queries are random directions, scaled so that
+    scores have the standard deviation asked for.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        make = torch.Generator().manual_seed(5)
+        d = plan.head_dim
+        self._topics = 0.7 * torch.randn(TOPICS, plan.kv_heads, d, generator=make)
+        self._values = torch.randn(TOPICS, plan.kv_heads, d, generator=make)
+        self._channels = 1 + 7 * (torch.rand(d, generator=make) > 0.95)
+        self._spread = float((self._channels**2 * 1.5).sum().sqrt())
+
+    def chunk(self, layer: int, start: int, n: int) -> tuple[Tensor, Tensor]:
+        """k and v [1, kv_heads, n, dim]."""
+        make = torch.Generator().manual_seed(1_000_003 * layer + start)
+        p, d = self.plan, self.plan.head_dim
+        topic = torch.randint(TOPICS, (n // 256 + 1,), generator=make).repeat_interleave(256)[:n]
+        k = self._topics[topic].transpose(0, 1) + torch.randn(p.kv_heads, n, d, generator=make)
+        v = self._values[topic].transpose(0, 1) + torch.randn(p.kv_heads, n, d, generator=make)
+        return ((k * self._channels)[None].to(DTYPES[p.dtype]), v[None].to(DTYPES[p.dtype]))
+
+    def queries(self, step: int, std: float) -> Tensor:
+        """[layers, 1, query_heads, 1, dim]."""
+        make = torch.Generator().manual_seed(step)
+        p = self.plan
+        q = torch.randn(p.layers, 1, p.kv_heads * p.group, 1, p.head_dim, generator=make)
+        return (q * (std * math.sqrt(p.head_dim) / self._spread)).to(DTYPES[p.dtype])
+
+
+def run(plan: Plan, say: Say = lambda text: None) -> Found:
+    """Measure everything. Raises AlayaError."""
+    began, heads = CpuUse.now(), Heads(plan)
+    buffer = machine.memory_buffer(plan.memory_bytes)
+    found = Found(plan, machine.describe(), machine.memory_bandwidth(buffer))
+    for tokens in plan.contexts:
+        found.rows.append(_row(plan, heads, tokens, say))
+        found.memory = found.memory.merged(machine.memory_bandwidth(buffer))
+    found.cpu_of_others = CpuUse.now().others_since(began)
+    return found
+
+
+def _row(plan: Plan, heads: Heads, tokens: int, say: Say) -> Row:
+    kv_bytes = tokens * plan.token_bytes
+    room = kv_bytes + (64 << 20)
+    settings = Settings(
+        device_budget=room, host_budget=64 << 20, mode="sparse", alpha=plan.alpha, index_bits=plan.bits,
+        index_sure=plan.sure, most_selected=plan.most,
+    )  # fmt: skip
+    engine = Engine(settings)
+    try:
+        session = Session(engine)
+        say(f"{tokens:,} tokens: filling")
+        for layer in range(plan.layers):
+            for start in range(0, tokens, CHUNK):
+                session.update(layer, *heads.chunk(layer, start, min(CHUNK, tokens - start)))
+        assert engine.partitions is not None
+        began = time.perf_counter()
+        engine.partitions.wait()
+        session.build_index(lambda done, of: say(f"{tokens:,} tokens: index {done} of {of}"))
+        row = Row(tokens, kv_bytes, engine.used_bytes("index"), time.perf_counter() - began)
+        for name, std in HEADS.items():
+            say(f"{tokens:,} tokens: {name} heads")
+            row.kinds.append(_kind(plan, heads, session, name, std))
+    finally:
+        engine.close()
+    return row
+
+
+def _kind(plan: Plan, heads: Heads, session: Session, name: str, std: float) -> Kind:
+    engine, length = session.engine, session.length(0)
+    visible, prefix = [Visible.all(length, 1)], [Visible.all(max(1, length // 5), 1)]
+    engine.sparse = None
+    exact = _times(plan, lambda step: _attend(plan, session, heads.queries(step, std), visible))
+    dense = _dense(plan, heads, session, std)
+    engine.sparse = SparseUse()
+    for state in session.layers.values():
+        state.history = History()
+    sparse = _times(plan, lambda step: _attend(plan, session, heads.queries(step, std), visible))
+    first = _times(plan, lambda step: _attend(plan, session, heads.queries(step, std), prefix))
+    engine.sparse = use = SparseUse()
+    measured = engine.settings
+    engine.settings = measured.replace(measure_mass=True)
+    for state in session.layers.values():
+        state.history = History()
+    _attend(plan, session, heads.queries(10_000, std), visible)
+    engine.settings = measured
+    return Kind(name, exact, dense, sparse, use.as_dict(), first)
+
+
+def _attend(plan: Plan, session: Session, q: Tensor, visible: list[Visible]) -> None:
+    for layer in range(plan.layers):
+        session.attention(layer, q[layer], visible, plan.head_dim**-0.5)
+
+
+def _times(plan: Plan, step: Callable[[int], None]) -> list[float]:
+    times = []
+    for i in range(plan.steps + 1):
+        began = time.perf_counter()
+        step(i)
+        times.append(time.perf_counter() - began)
+    return times[1:]
+
+
+def _dense(plan: Plan, heads: Heads, session: Session, std: float) -> list[float]:
+    """torch's own attention over one layer that lies in place, times the layers."""
+    if plan.token_bytes // plan.layers * session.length(0) > machine.available_ram() // 2:
+        return []
+    k, v = session.gather(0)
+    times = []
+    for i in range(min(5, plan.steps) + 1):
+        q = heads.queries(i, std)[0]
+        began = time.perf_counter()
+        functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        times.append((time.perf_counter() - began) * plan.layers)
+    return times[1:]
+
+
+def tables(found: Found) -> list[Table]:
+    """What was found, for people."""
+    p, m = found.plan, found.machine
+    made = []
+    for row in found.rows:
+        limit = found.limit(row)
+        share = row.index_bytes / row.kv_bytes
+        table = Table(
+            title=f"{row.tokens:,} tokens, {format_bytes(row.kv_bytes)} of KV in {p.layers} layers, "
+            f"{limit * 1e3:.1f} ms to read it once; index {format_bytes(row.index_bytes)} ({share:.1%}), "
+            f"{row.build_seconds / row.tokens / p.layers * 1e6:.1f} s a million tokens and layer",
+            title_justify="left",
+        )
+        for name in ("heads", "sdpa ms", "exact ms", "sparse ms", "x sdpa", "x exact", "x limit", "a fifth ms"):
+            table.add_column(name, justify="right")
+        for name in ("attended", "mass", "least", "error"):
+            table.add_column(name, justify="right")
+        for kind in row.kinds:
+            dense, exact, sparse = (
+                statistics.median(times) if times else math.nan for times in (kind.dense, kind.exact, kind.sparse)
+            )
+            table.add_row(
+                kind.name,
+                *(f"{x * 1e3:.1f}" for x in (dense, exact, sparse)),
+                *(f"{x / sparse:.2f}" for x in (dense, exact, limit)),
+                f"{statistics.median(kind.prefix) * 1e3:.1f}",
+                *_quality(kind.use),
+            )
+        made.append(table)
+    made[-1].caption = (
+        f"{p.bits}-bit codes, alpha {p.alpha}, {p.dtype}, {p.kv_heads} kv heads x {p.group} queries x {p.head_dim}. "
+        f"{m['cpu']}, {m['cores']} cores, torch {m['torch']}; memory {found.memory.best / 1e9:.1f} GB/s; others took "
+        f"{found.cpu_of_others:.0%} of the cores."
+    )
+    return made
+
+
+def _quality(use: dict[str, Any]) -> list[str]:
+    if not use["steps"]:  # the plan was to read everything
+        return ["all", "1", "1", "0"]
+    names = ("true_recovered_mass", "true_least_recovered_mass", "output_error")
+    return [f"{use['attended_share']:.2%}", *(f"{use[name]:.3f}" for name in names)]
+
+
+def command(
+    contexts: Annotated[str, typer.Option(help="Context lengths.")] = "32K,128K",
+    alpha: Annotated[float, typer.Option(help="Keys with this share of the largest weight are attended.")] = 0.012,
+    bits: Annotated[int, typer.Option(help="Of a coded number: 4 or 8.")] = 8,
+    sure: Annotated[float, typer.Option(help="Deviations allowed for; 0: provably complete.")] = 3.0,
+    most: Annotated[int | None, typer.Option(help="Keys a kv head at most.")] = None,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    layers: int = 4,
+    kv_heads: int = 4,
+    group: int = 4,
+    head_dim: int = 64,
+    steps: Annotated[int, typer.Option(help="Steps of each kind.")] = 15,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
+    quick: Annotated[bool, typer.Option(help="Shows that it runs, measures nothing.")] = False,
+) -> None:
+    """Sparse attention against exact attention. Example: alaya-tiers bench attention --contexts 32K,128K,1M"""
+    errors = Console(stderr=True)
+    try:
+        plan = Plan(
+            contexts=parse_contexts(contexts), kv_heads=kv_heads, group=group, head_dim=head_dim, layers=layers,
+            dtype=dtype, alpha=alpha, bits=bits, sure=sure, most=most, steps=1 if quick else steps,
+            memory_bytes=8 << 20 if quick else 1 << 30,
+        )  # fmt: skip
+        with errors.status("memory") as status:
+            found = run(plan, status.update)
+    except (AlayaError, OSError) as error:
+        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+    console = Console(file=sys.stdout)
+    for table in tables(found):
+        console.print(table)
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
