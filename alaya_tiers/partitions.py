@@ -7,6 +7,7 @@ there is no room for them, the block is attended exactly, which brings it into m
 import contextlib
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -38,7 +39,15 @@ class Partitions:
         self._thread: threading.Thread | None = None
         self.failure: Exception | None = None
         """Why the last block that has no codes has none; it is attended exactly."""
-        self.scratch = Scratch()
+        self.seconds, self.tokens = 0.0, 0
+        """Time it took to make codes, and of how many tokens of a kv head each."""
+        self._local = threading.local()
+
+    @property
+    def scratch(self) -> Scratch:
+        """This thread's memory for scans."""
+        scratch: Scratch = vars(self._local).setdefault("scratch", Scratch())
+        return scratch
 
     def layout(self, shape: BlockShape) -> Layout:
         """How blocks of a layer are coded."""
@@ -66,7 +75,12 @@ class Partitions:
     def make(self, ids: Ids) -> bool:
         """Make the codes of blocks now, if they are in memory; whether they have some afterwards."""
         with self._making:
-            return self._make(ids)
+            began = time.perf_counter()
+            made = self._make(ids)
+            if made:
+                self.seconds += time.perf_counter() - began
+                self.tokens += ids.size * self._mover.shapes[int(self._mover.ledger.layer[ids[0]])].tokens
+            return made
 
     def _make(self, ids: Ids) -> bool:
         mover, book = self._mover, self._mover.ledger

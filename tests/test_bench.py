@@ -294,6 +294,25 @@ class TestCommand:
         assert "missing" in result.stderr
 
 
+def test_sparse_attention_is_measured_beside_exact(tmp_path: Path) -> None:
+    out = tmp_path / "attention.json"
+    command = ["attention", "--contexts", "4K", "--layers", "1", "--kv-heads", "2", "--quick", "--json", str(out)]
+    result = CliRunner().invoke(cli.app, ["bench", *command])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(out.read_text())["rows"]
+    assert (row["tokens"], row["kv_bytes"]) == (4096, 4096 * 2 * 2 * 64 * 4)
+    assert row["index_bytes"] > 0
+    assert row["build_seconds"] > 0
+    assert [kind["name"] for kind in row["kinds"]] == ["sharp", "medium", "diffuse"]
+    sharp = row["kinds"][0]["use"]
+    assert sharp["measured_steps"] == 8
+    assert 0.5 < sharp["true_recovered_mass"] <= 1
+    assert sharp["output_error"] < 0.1
+    wrong = CliRunner().invoke(cli.app, ["bench", "attention", "--bits", "5"])
+    assert wrong.exit_code == 2
+    assert "index_bits is 4 or 8" in wrong.output
+
+
 def test_overhead_compares_the_same_work(tmp_path: Path) -> None:
     out = tmp_path / "overhead.json"
     command = ["overhead", "--prompt", "40", "--new", "3", "--rounds", "2", *SIZES, "--json", str(out)]

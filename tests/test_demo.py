@@ -234,3 +234,14 @@ def test_what_is_in_the_way_is_a_typed_error(tmp_path: Path) -> None:
         demo.run(replace(few, path=tmp_path / "file"))
     with pytest.raises(ConfigError, match="prompt is empty"):
         demo.run(replace(few, prompt=""))
+
+
+def test_sparse_answers_are_exact_too() -> None:
+    """Nothing but the window and the keys that matter is attended, and every quotation is still word for word."""
+    found = demo.run(Options(tokens=4096, questions=4, alpha=0.012, compare=False))
+    sparse = found.asking.sparse
+    assert sparse is not None
+    assert sparse.steps > 0
+    assert sparse.attended < 0.5 * sparse.visible
+    assert found.exact == 4
+    assert "sparse attention to" in cli.verdict(found)

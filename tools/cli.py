@@ -29,7 +29,7 @@ CANCELLED, FAILED, DIFFERS = 130, 2, 1
 
 BAR_WIDTH = 30
 WIDEST = 100
-TIERS = {"device": "green", "host": "cyan", "ssd": "blue"}
+TIERS = {"index": "magenta", "device": "green", "host": "cyan", "ssd": "blue"}
 
 
 class Commands(TyperGroup):
@@ -118,6 +118,13 @@ def demo(
             show_default=False,
         ),
     ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option(
+            help="Answer by sparse attention: to keys with this share of the largest weight, e.g. 0.012.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
 ) -> None:
     """Reads a text into a cache much larger than its memory, quotes from all over it, and checks every token.
@@ -139,6 +146,7 @@ def demo(
         path=path,
         chunk=chunk,
         compare=compare,
+        alpha=alpha,
     )
     with progress() as watcher:
         report = demos.run(options, watcher)
@@ -230,6 +238,9 @@ def verdict(report: demos.Report) -> str:
         parts.append(f"NOT identical to DynamicCache: {report.identical} of {count}")
     else:
         parts.append(f"identical to DynamicCache: {report.identical} of {count}")
+    if (sparse := report.asking.sparse) is not None and sparse.steps:
+        share, mass = sparse.attended / sparse.visible, sparse.recovered / sparse.steps
+        parts.append(f"sparse attention to {share:.1%} of the tokens, {mass:.1%} of the attention mass")
     return "; ".join(parts) + "."
 
 

@@ -68,6 +68,8 @@ class Options:
     path: Path | None = None
     chunk: int = 512
     compare: bool | None = None
+    alpha: float | None = None
+    """Sparse attention to the keys with at least this share of the largest weight; None: exact attention."""
 
 
 class Watcher:
@@ -298,6 +300,7 @@ def run_tiers(subject: Subject, budgets: Plan, options: Options, watcher: Watche
         device_budget=budgets.device_budget,
         host_budget=budgets.host_budget,
         block_tokens=budgets.block_tokens,
+        **({} if options.alpha is None else {"mode": "sparse", "alpha": options.alpha, "recent_tokens": 128}),
     ) as cache:
         found = read_and_answer(subject, cache, options, watcher)
         if options.path is not None:

@@ -174,10 +174,9 @@ def _row(plan: Plan, heads: Heads, tokens: int, say: Say) -> Row:
             for start in range(0, tokens, CHUNK):
                 session.update(layer, *heads.chunk(layer, start, min(CHUNK, tokens - start)))
         assert engine.partitions is not None
-        began = time.perf_counter()
         engine.partitions.wait()
         session.build_index(lambda done, of: say(f"{tokens:,} tokens: index {done} of {of}"))
-        row = Row(tokens, kv_bytes, engine.used_bytes("index"), time.perf_counter() - began)
+        row = Row(tokens, kv_bytes, engine.used_bytes("index"), engine.partitions.seconds)
         for name, std in HEADS.items():
             say(f"{tokens:,} tokens: {name} heads")
             row.kinds.append(_kind(plan, heads, session, name, std))
