@@ -41,7 +41,7 @@ def test_sizes_for_people_are_close(n: int) -> None:
         ("dirty_limit", 1.5),
         ("prefetch_share", -0.1),
         ("io", "mmap"),
-        ("mode", "sparse"),
+        ("mode", "approximate"),
         ("io_threads", 0),
         ("sink_tokens", -1),
         ("host_budget", "lots"),
