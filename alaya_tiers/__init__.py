@@ -7,6 +7,7 @@ model.generate(**inputs, past_key_values=cache)
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, StoreError
 from alaya_tiers.hf import AlayaCache, GatheredWarning, attach, generate
+from alaya_tiers.sparse import IndexFullWarning
 from alaya_tiers.stats import Stats
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "AlayaError",
     "BudgetTooSmall",
     "GatheredWarning",
+    "IndexFullWarning",
     "Settings",
     "Stats",
     "StoreError",

@@ -57,7 +57,7 @@ class Settings:
     most_selected: at most so many keys for each kv head beyond these; None = as many as are near enough.
     index_bits: bits of each number of a coded key, 4 or 8.
     index_sure: standard deviations of a code's error that are allowed for; 0 = any error there can be (complete).
-    index_budget: bytes of codes in memory; None = no limit. What finds no room is attended exactly.
+    index_budget: bytes of codes in memory; None = no limit. What finds no room is attended exactly, with a warning.
     measure_mass: sparse mode also attends exactly and compares, for its statistics. Slow.
     block_tokens: tokens of one block, a power of two.
     segment_tokens: tokens of one segment (one file per layer), a power of two, at least block_tokens.
@@ -81,7 +81,7 @@ class Settings:
     most_selected: int | None = None
     index_bits: int = 8
     index_sure: float = 3.0
-    index_budget: int | None = None
+    index_budget: int | None = 2 << 30
     measure_mass: bool = False
     block_tokens: int = 256
     segment_tokens: int = 8192

@@ -37,6 +37,8 @@ class Partitions:
         self._working = self._closing = False
         self._making = threading.Lock()  # one block at a time: no block is coded twice
         self._thread: threading.Thread | None = None
+        self.full = False
+        """Whether codes found no room."""
         self.failure: Exception | None = None
         """Why the last block that has no codes has none; it is attended exactly."""
         self.seconds, self.tokens = 0.0, 0
@@ -58,7 +60,7 @@ class Partitions:
         """Sealed blocks of one run, one a kv head: their codes will be made when there is time."""
         first = int(ids[0])
         with self._ready:
-            if self._closing or first in self._queued:
+            if self._closing or self.full or first in self._queued:
                 return
             self._queue.append(ids)
             self._queued.add(first)
@@ -155,7 +157,9 @@ class Partitions:
             budget = self._settings.index_budget
             budget = psutil.virtual_memory().total if budget is None else budget
             self._arena = self._mover.codes = Arena("index", budget, layout.nbytes, self._accountant, plain_slab)
-        return None if layout.nbytes > self._arena.slot_bytes else self._arena.take(n)
+        slots = None if layout.nbytes > self._arena.slot_bytes else self._arena.take(n)
+        self.full |= slots is None
+        return slots
 
     def _work(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # Linux: the priority of this thread alone

@@ -11,6 +11,7 @@ out: the reach of the query (``Settings.alpha``) does, and what is left out is e
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -25,6 +26,11 @@ from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.stats import SparseUse
 from alaya_tiers.view import Visible
+
+
+class IndexFullWarning(UserWarning):
+    """The index has used up its budget: what is not in it is attended exactly."""
+
 
 LEAST = 4
 """Runs of coded blocks that are worth a scan."""
@@ -56,6 +62,8 @@ def attend(
     if last - first < LEAST or g.dtype not in kernel.DTYPES or q.shape[1] > MOST_ROWS or not boundable(q):
         return None
     coded, codes, held = partitions.of(state.ids(row.first[first:last]))
+    if partitions.full:
+        _warn_full(s.index_budget)
     if int(coded.sum()) < LEAST or state.history.skips():
         return None
     middle = np.arange(first, last)
@@ -89,6 +97,15 @@ def attend(
     if s.measure_mass:
         _compare(use, near, whole, merge(list(dense(np.arange(begin, end)))))
     return whole
+
+
+def _warn_full(budget: int | None) -> None:
+    warnings.warn(
+        f"the index has used up index_budget={budget} bytes: tokens beyond are attended exactly. Raise it, or take "
+        "index_bits=4",
+        IndexFullWarning,
+        stacklevel=2,
+    )
 
 
 def build(states: list[Layer], say: Callable[[int, int], None]) -> None:

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import bench, cli, machine, overhead
+from alaya_tiers.tools import bench, choice, cli, machine, overhead
 from alaya_tiers.tools.baselines import (
     COMPETITORS,
     RAM,
@@ -311,6 +311,22 @@ def test_sparse_attention_is_measured_beside_exact(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(cli.app, ["bench", "attention", "--bits", "5"])
     assert wrong.exit_code == 2
     assert "index_bits is 4 or 8" in wrong.output
+
+
+def test_dipr_and_top_k_choose_from_the_same_weights(tmp_path: Path) -> None:
+    out = tmp_path / "choice.json"
+    result = CliRunner().invoke(cli.app, ["bench", "choice", "--tokens", "2000", "--queries", "2", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())["found"]
+    assert len(found) == len(choice.ALPHAS)
+    for each in found:
+        assert abs(each["same_tokens"]["tokens"] - each["dipr"]["tokens"]) <= 0.5
+        assert each["same_mass"]["mass"] >= each["dipr"]["mass"]
+    one = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04], [0.6, 0.2, 0.1, 0.06, 0.04]], dtype=torch.float64)
+    compared = choice.compare({1.0: one}, 0.19)
+    assert compared.dipr.by_head[1.0] == pytest.approx((2.5, 0.85))
+    assert (compared.same_tokens.name, compared.same_mass.name) == ("top-2", "top-3")
+    assert CliRunner().invoke(cli.app, ["bench", "choice", "--tokens", "0"]).exit_code == 2
 
 
 def test_overhead_compares_the_same_work(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from alaya_tiers import AlayaCache
+from alaya_tiers import AlayaCache, IndexFullWarning
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.index import plan
@@ -150,7 +150,8 @@ def test_a_small_index_budget_leaves_the_rest_exact() -> None:
     k, v = kv(1000)
     q = 12 * torch.randn(1, 8, 1, 16)
     with filled(k, v, index_budget="16KiB") as cache:
-        assert float((ask(cache.session, q) - truth(k, v, q)).norm()) < 0.05
+        with pytest.warns(IndexFullWarning, match="index_budget=16384"):
+            assert float((ask(cache.session, q) - truth(k, v, q)).norm()) < 0.05
         index = cache.stats().tiers["index"]
         assert index.peak <= 16 << 10
         assert index.budget == 16 << 10
@@ -232,6 +233,9 @@ def test_generation(implementation: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for mode in ({}, {"num_beams": 2}, {"prefill_chunk_size": 64}):
         expected = generate(model, DynamicCache(config=model.config), inputs, **mode)
         with AlayaCache(config=model.config, alpha=1e-9, **SIZES, **ROOM) as cache, _quiet():
+            with torch.no_grad():
+                model(input_ids=inputs["input_ids"][:, :-1], past_key_values=cache)
+            cache.build_index()
             assert torch.equal(generate(model, cache, inputs, **mode), expected)
             assert used(cache).steps > 0
 

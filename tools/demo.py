@@ -311,6 +311,8 @@ def run_tiers(subject: Subject, budgets: Plan, options: Options, watcher: Watche
 def read_and_answer(subject: Subject, cache: DynamicCache, options: Options, watcher: Watcher) -> Run:
     """What any cache is put through."""
     seconds = prefill(subject, cache, options.chunk, watcher)
+    if isinstance(cache, AlayaCache):
+        cache.build_index()  # in sparse mode; what idle time has not done yet
     reading = stats_of(cache)
     replies = answer_all(subject, cache, options.answer_tokens, watcher)
     return Run(replies, Speed.of(len(subject.ids), seconds, replies), reading, stats_of(cache))
