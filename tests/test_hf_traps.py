@@ -106,6 +106,32 @@ def test_what_is_known_of_the_text_follows_the_rows(model: Any) -> None:
         generate(model, fork, {"input_ids": torch.cat([said[:1], said], 0)[:1].repeat(1, 2)})
 
 
+def test_one_row_of_known_text_stands_for_any_number(model: Any) -> None:
+    with small_cache(model, rows=8) as cache, torch.no_grad():
+        said = generate(model, cache, {"input_ids": prompt()})
+        model(input_ids=said[:, -1:].repeat(4, 1), past_key_values=cache)
+        cache.batch_select_indices(torch.tensor([3, 2]))
+        cache.batch_repeat_interleave(2)
+        with pytest.raises(InputError, match="differs"):
+            generate(model, cache, {"input_ids": (said % 50 + 3).repeat(4, 2)})
+        longer = torch.cat([said, prompt(1, 5)], 1).repeat(4, 1)
+        assert generate(model, cache, {"input_ids": longer}).shape == (4, 127)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8, torch.bool, torch.complex64])
+def test_parameters_of_any_dtype_have_a_digest(dtype: torch.dtype) -> None:
+    class Odd(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(3, 5).to(dtype), requires_grad=False)
+
+    odd = Odd()
+    before = continuing.weights_digest(odd)
+    assert before == continuing.weights_digest(Odd())
+    odd.weight.data = torch.zeros(3, 5).to(dtype)
+    assert before != continuing.weights_digest(odd)
+
+
 def test_assisted_decoding_of_a_filled_cache(model: Any) -> None:
     """transformers would run the whole prompt behind what is there."""
     with small_cache(model) as cache:

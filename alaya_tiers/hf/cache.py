@@ -63,7 +63,7 @@ class AlayaCache(DynamicCache):
         assert most is None or isinstance(most, int)
         self.session, self._torn = Session(engine, most), False
         self._ids: Tensor | None = None
-        """The first tokens, as far as ``generate`` let us see them, int64 [rows, n]."""
+        """The first tokens, as far as ``generate`` let us see them, int64 [rows, n]; one row stands for any number."""
         self._weights: str | None = None
         undo = _weakly(self)
         if config is None:
@@ -195,7 +195,8 @@ class AlayaCache(DynamicCache):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each sequence ``repeats`` times in a row; they share their blocks."""
         super().batch_repeat_interleave(repeats)
-        self._ids = None if self._ids is None else self._ids.repeat_interleave(repeats, 0)
+        if self._ids is not None and self._ids.shape[0] > 1:
+            self._ids = self._ids.repeat_interleave(repeats, 0)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         other = copy.copy(self)
@@ -277,7 +278,7 @@ class AlayaCache(DynamicCache):
                 tiered.crop(-1)
 
     def _select_ids(self, rows: Tensor) -> None:
-        if self._ids is not None:
+        if self._ids is not None and self._ids.shape[0] > 1:
             self._ids = self._ids[torch.as_tensor(rows, device=self._ids.device)]
 
     def _undo(self, length: int) -> None:

@@ -74,13 +74,16 @@ SAMPLES = 64
 def weights_digest(model: nn.Module) -> str:
     """A digest of evenly spaced elements of all parameters: tells checkpoints, training steps and adapters apart.
 
-    A change of single elements can go unseen. Parameters on the meta device are left out.
+    A change of single elements can go unseen, and so can any change of parameters that are on the meta device or of a
+    tensor class of their own (quantized ones): of these only name, shape and dtype count.
     """
     digest = xxhash.xxh3_128()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        if parameter.numel() and not parameter.is_meta:
+        if parameter.numel() and not parameter.is_meta and type(parameter) in (nn.Parameter, Tensor):
             at = torch.from_numpy(np.linspace(0, parameter.numel() - 1, SAMPLES).astype(np.int64))
-            sample = torch.take(parameter.detach(), at.to(parameter.device))
-            digest.update(sample.to("cpu", torch.float64).numpy().tobytes())
+            plain = parameter.detach()
+            plain = plain.view(torch.uint8) if plain.dtype.itemsize == 1 else plain  # float8 cannot be picked from
+            sample = torch.take(plain, at.to(plain.device))
+            digest.update(sample.cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
