@@ -160,8 +160,13 @@ class Engine:
             self._bridge.call(mover.kick_writer)
         return first
 
+    def hold(self) -> object:
+        """Keeps the tiers' memory mapped while it lives, even when the engine is closed. Raises SessionClosed."""
+        with self.mover.lock:
+            return self.mover.hold()
+
     def copy_rows(self, source: Ids, target: Ids, nbytes: int) -> None:
-        """Copy the first ``nbytes`` of blocks, wherever they are, to open blocks."""
+        """Copy the first ``nbytes`` of blocks, wherever they are, to open blocks. The caller holds the memory."""
         mover = self.mover
         self._wait(mover.load(source, asyncio.Lock()))
         try:

@@ -66,12 +66,15 @@ class Layer:
 
         All or nothing: on an error the layer is as it was.
         """
+        held = self.engine.hold()  # another thread may close the engine meanwhile
         try:
             for row, k_row, v_row in zip(self.rows, k, v, strict=True):
                 self._append(row, k_row, v_row)
         except BaseException:
             self._trim()
             raise
+        finally:
+            del held
         self.length += k.shape[2]
 
     def crop(self, length: int) -> None:

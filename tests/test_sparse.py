@@ -1,6 +1,8 @@
 """Sparse mode: the window and what matters exactly, the rest estimated; whatever is missing is attended exactly."""
 
 import copy
+import random
+import threading
 import warnings
 from typing import Any
 
@@ -11,7 +13,7 @@ from transformers import DynamicCache
 
 from alaya_tiers import AlayaCache, IndexFullWarning
 from alaya_tiers.cache import Session, Visible
-from alaya_tiers.errors import ConfigError
+from alaya_tiers.errors import ConfigError, SessionClosed
 from alaya_tiers.index import plan
 from alaya_tiers.stats import SparseUse
 from tests.tiny import generate, prompt, tiny
@@ -257,6 +259,34 @@ def test_a_layer_that_needs_nearly_all_reads_all_and_asks_rarely() -> None:
             ask(cache.session, sharp)
         assert history.pause == 0
         assert used(cache).steps > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["exact", "sparse"])
+def test_closing_while_another_thread_works(mode: str) -> None:
+    """Appending, attending, forking and coding either end or say that the session is closed; nothing else."""
+    for seed in range(25):
+        rng = random.Random(seed)
+        cache = AlayaCache(**(SIZES | rng.choice([TIGHT, ROOM]) | {"mode": mode}))
+        closer = threading.Timer(rng.random() * 0.1, cache.close)
+        forks, q = [cache], 12 * torch.randn(1, 8, 1, 16)
+        k, v = kv(150)
+        closer.start()
+        try:
+            while True:
+                one = rng.choice(forks)
+                one.session.update(0, k, v)
+                if rng.random() < 0.7:
+                    assert ask(one.session, q).isfinite().all()
+                if rng.random() < 0.2 and len(forks) < 3:
+                    forks.append(copy.deepcopy(one))
+                if rng.random() < 0.1:
+                    one.build_index()
+                if one.session.length(0) > 2000:
+                    one.session.crop(200)
+        except SessionClosed:
+            pass
+        closer.join()
 
 
 def test_settings_that_make_no_sense() -> None:
