@@ -327,13 +327,22 @@ static int64_t plan(job *j, int64_t threads)
     return threads;
 }
 
-static void (*best_piece(void))(const job *, int64_t, int64_t, int64_t, float *, float *)
+int alaya_widest(void)
 {
 #ifdef X86
     if (ALAYA_MOST >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return attend_piece_16;
-    if (ALAYA_MOST >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return attend_piece_8;
+        return 16;
+    if (ALAYA_MOST >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 8;
+#endif
+    return 4;
+}
+
+static void (*best_piece(void))(const job *, int64_t, int64_t, int64_t, float *, float *)
+{
+#ifdef X86
+    int widest = alaya_widest();
+    if (widest >= 8) return widest == 16 ? attend_piece_16 : attend_piece_8;
 #endif
     return attend_piece_4;
 }

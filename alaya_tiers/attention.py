@@ -189,7 +189,7 @@ def attend_causal(
             out[:, :, after:] = part.out.view(*grouped.shape[:2], -1, v.shape[-1])
             lse[:, :, after:] = part.lse.view(*grouped.shape[:2], -1)
         parts.append(Partial(out.view(heads, rows, -1), lse.view(heads, rows)))
-    return merge(parts) if parts else Partial(q.new_zeros(heads, rows, v.shape[-1]).float(), _blind(q))
+    return merge(parts) if parts else nothing(q, v.shape[-1])
 
 
 def _square(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Partial:
@@ -204,9 +204,11 @@ def _square(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None
     return Partial(out[0, ..., : v.shape[-1]].float(), lse[0].float())
 
 
-def _blind(q: Tensor) -> Tensor:
-    """The lse of rows that see nothing."""
-    return torch.full(q.shape[:2], -torch.inf, device=q.device)
+def nothing(q: Tensor, v_dim: int) -> Partial:
+    """Attention over no tokens. q: [kv_heads, rows, k_dim]."""
+    return Partial(
+        torch.zeros(*q.shape[:2], v_dim, device=q.device), torch.full(q.shape[:2], -torch.inf, device=q.device)
+    )
 
 
 def attend_naive(

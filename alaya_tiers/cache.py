@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from alaya_tiers import sparse
-from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_causal, attend_dense, merge, with_sinks
+from alaya_tiers.attention import (
+    BlockList,
+    Partial,
+    attend_blocks,
+    attend_causal,
+    attend_dense,
+    merge,
+    nothing,
+    with_sinks,
+)
 from alaya_tiers.blocks import Geometry
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ContextTooLong, InputError
@@ -110,7 +119,7 @@ class Session:
             part: Partial | None = None
             for more in self._partials(state, row, grouped, visible[r], scale, softcap, latent=latent):
                 part = more if part is None else merge((part, more))
-            part = _nothing(grouped, v_dim) if part is None else part
+            part = nothing(grouped, v_dim) if part is None else part
             if sinks is not None:
                 part = with_sinks(part, sinks.view(g.kv_heads, -1, 1).expand(-1, -1, n).reshape(g.kv_heads, -1))
             out[r] = part.out.view(heads, n, v_dim)
@@ -276,7 +285,7 @@ class Session:
         starts = (runs * size).astype(np.int32)
         counts = np.minimum(size, state.length - starts).astype(np.int32)
         ids = state.ids(row.first[runs])
-        upcoming = partial(self._upcoming, state.number) if self.engine.sparse is None else _nothing_more
+        upcoming = partial(self._upcoming, state.number) if self.engine.sparse is None else sparse.nothing_more
         book = self.engine.mover.ledger
         for columns, batch in self.engine.reading(ids, upcoming):
             here, moves = self.engine.on_cpu(batch).all(0), book.moves
@@ -325,16 +334,6 @@ class Session:
         first = state.rows[r].first[: state.length // state.shape.tokens]
         names = [Path(mover.ssd.files[number].path).parts[-6] for number in mover.ledger.file[first].tolist()]
         return [name for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
-
-
-def _nothing_more() -> Iterator[Ids]:
-    """What sparse attention will ask for next: exact attention's order says nothing of that."""
-    return iter(())
-
-
-def _nothing(q: Tensor, v_dim: int) -> Partial:
-    """Attention over no tokens. q: [kv_heads, rows, k_dim]."""
-    return Partial(torch.zeros(*q.shape[:2], v_dim), torch.full(q.shape[:2], -torch.inf))
 
 
 def _let_go(layers: dict[int, Layer], engine: Engine) -> None:

@@ -41,8 +41,8 @@ class Partitions:
         """Whether codes found no room."""
         self.failure: Exception | None = None
         """Why the last block that has no codes has none; it is attended exactly."""
-        self.seconds, self.tokens = 0.0, 0
-        """Time it took to make codes, and of how many tokens of a kv head each."""
+        self.seconds = 0.0
+        """Time it took to make codes."""
         self._local = threading.local()
 
     @property
@@ -81,7 +81,6 @@ class Partitions:
             made = self._make(ids)
             if made:
                 self.seconds += time.perf_counter() - began
-                self.tokens += ids.size * self._mover.shapes[int(self._mover.ledger.layer[ids[0]])].tokens
             return made
 
     def _make(self, ids: Ids) -> bool:

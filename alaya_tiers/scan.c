@@ -1,8 +1,8 @@
 /* Which keys matter: a scan of low-bit codes of keys that finds every one that may be within reach of the best score, and
  * estimates the attention of all others. index/codes.py says what a code is and why the bounds hold.
  *
- * A block of codes lies in memory as floats head[4] (ratio, slack, width of the key's error; unused), mean key [dims],
- * mean value [v_dim], scale [tokens], then the codes: 16 tokens x 4 dims together (8 bits), 16 tokens x 8 dims (4 bits,
+ * A block of codes lies in memory as floats head[4] (an error is at most ratio x scale + slack long; two unused), mean
+ * key [dims], mean value [v_dim], scale [tokens], then the codes: 16 tokens x 4 dims together (8 bits), 16 tokens x 8 dims (4 bits,
  * the first four dims in the low halves). tokens is a multiple of 16, dims of 8.
  *
  * Pieces of a head's blocks are scanned by threads: the last piece first, the others against the best score in it; then
@@ -97,18 +97,18 @@ static float bound(const scan *f, int64_t hr, float width, float scale)
 #include "scan.c"
 #undef VL
 
-static void one_scan_piece(void *data, int64_t item, int64_t worker)
+static void last_piece(void *data, int64_t head, int64_t worker)
 {
     const scan *f = data;
-    int64_t others = f->pieces - 1;
     (void)worker;
-    if (item < f->heads) f->piece(f, item, others);
-    else f->piece(f, (item - f->heads) / others, (item - f->heads) % others);
+    f->piece(f, head, f->pieces - 1);
 }
 
-static void one_other_piece(void *data, int64_t item, int64_t worker)
+static void other_piece(void *data, int64_t item, int64_t worker)
 {
-    one_scan_piece(data, item + ((const scan *)data)->heads, worker);
+    const scan *f = data;
+    (void)worker;
+    f->piece(f, item / (f->pieces - 1), item % (f->pieces - 1));
 }
 
 static const float *block_of(const scan *f, int64_t head, int32_t token)
@@ -248,11 +248,9 @@ int alaya_scan(int64_t threads, const float *q, const int64_t *blocks, const int
                .softcap = softcap, .reach = reach, .sure = sure, .found = found, .n_found = n_found, .top = top,
                .mass = mass, .lse = lse, .piece = scan_piece_4}, *f = &s;
 #ifdef X86
-    if (ALAYA_MOST >= 16 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
-        f->piece = scan_piece_16;
-    else if (ALAYA_MOST >= 8 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-        f->piece = scan_piece_8;
+    int widest = alaya_widest();
+    if (widest == 16 && __builtin_cpu_supports("avx512vnni")) f->piece = scan_piece_16;
+    else if (widest >= 8) f->piece = scan_piece_8;
 #endif
     f->per_piece = PIECE_TOKENS / tokens > 1 ? PIECE_TOKENS / tokens : 1;
     f->pieces = n > f->per_piece ? (n + f->per_piece - 1) / f->per_piece : 1;
@@ -271,8 +269,8 @@ int alaya_scan(int64_t threads, const float *q, const int64_t *blocks, const int
     if (!failed) {
         f->q_norm = f->q_unit + hr, f->q_error = f->q_norm + hr;
         round_queries(f);
-        alaya_run(threads, one_scan_piece, &s, heads, 1);
-        alaya_run(threads, one_other_piece, &s, heads * (f->pieces - 1), 1);
+        alaya_run(threads, last_piece, &s, heads, 1);
+        alaya_run(threads, other_piece, &s, heads * (f->pieces - 1), 1);
         alaya_run(threads, finish_head, &s, heads, 1);
     }
     free(f->q8), free(f->q_sum), free(f->q_unit);

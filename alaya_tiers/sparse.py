@@ -120,7 +120,7 @@ def build(states: list[Layer], say: Callable[[int, int], None]) -> None:
                 coded, _, _ = partitions.of(state.ids(first))
                 todo += [(state, partitions, state.ids(run[None])) for run in first[~coded]]
     for done, (state, partitions, ids) in enumerate(todo):
-        for _ in state.engine.reading(ids, _nothing_more):
+        for _ in state.engine.reading(ids, nothing_more):
             partitions.make(ids.ravel())
         say(done + 1, len(todo))
 
@@ -149,7 +149,7 @@ def _lists(
     wanted = np.zeros(g.kv_heads * runs.size, bool)
     wanted[cell] = True
     cells, blocks = np.flatnonzero(wanted), state.ids(row.first[runs]).ravel()[wanted]
-    for columns, batch in engine.reading(blocks[None], _nothing_more):
+    for columns, batch in engine.reading(blocks[None], nothing_more):
         base = np.full(wanted.size, -1, np.int64)
         base[cells[columns]] = engine.addresses(batch)[0]
         start = base[cell]
@@ -161,8 +161,8 @@ def _lists(
         yield attend_lists(q, (start + offsets)[here], some, g.k_dim, g.v_dim, g.dtype, scale, softcap)
 
 
-def _nothing_more() -> Iterator[Ids]:
-    """What to read ahead: for sparse attention nothing is known yet."""
+def nothing_more() -> Iterator[Ids]:
+    """What to read ahead in sparse mode: the order in which exact attention reads says nothing of what is next."""
     return iter(())
 
 

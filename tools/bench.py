@@ -314,7 +314,7 @@ def decode_command(
 ) -> None:
     """Exact decode against DynamicCache, and against what memory and disk allow."""
     errors = Console(stderr=True)
-    try:
+    with one_line_errors(errors):
         if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
             raise ConfigError("--plot needs matplotlib: pip install matplotlib")
         bench = Bench(
@@ -329,8 +329,15 @@ def decode_command(
         _show(report, errors, json_file)
         if plot_file is not None:
             plot(report, plot_file)
+
+
+@contextmanager
+def one_line_errors(console: Console) -> Iterator[None]:
+    """What goes wrong is one line and an exit code: 2 for options that make no sense, 1 for all else."""
+    try:
+        yield
     except (AlayaError, OSError) as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
 
 

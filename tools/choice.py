@@ -20,6 +20,7 @@ from torch import Tensor
 
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.tools import machine
+from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.heads import Heads, Plan
 
 SPREADS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
@@ -109,11 +110,11 @@ def command(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
 ) -> None:
     """DIPR against top-k on heads of mixed sharpness. Example: alaya-tiers bench choice --tokens 32768"""
-    if min(tokens, queries) < 1:
-        error = ConfigError("--tokens and --queries must be positive")
-        Console(stderr=True).print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2)
-    with Console(stderr=True).status("weights of all heads"):
+    errors = Console(stderr=True)
+    with one_line_errors(errors):
+        if min(tokens, queries) < 1:
+            raise ConfigError("--tokens and --queries must be positive")
+    with errors.status("weights of all heads"):
         w = weights(tokens, queries)
     found = [compare(w, alpha) for alpha in ALPHAS]
     Console(file=sys.stdout).print(table(found, tokens))

@@ -24,11 +24,12 @@ from torch.nn import functional
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.config import Settings, format_bytes
 from alaya_tiers.engine import Engine
-from alaya_tiers.errors import AlayaError, ConfigError
+from alaya_tiers.errors import ConfigError
 from alaya_tiers.index.plan import History
 from alaya_tiers.stats import SparseUse
 from alaya_tiers.tools import machine
 from alaya_tiers.tools.baselines import DTYPES, parse_contexts
+from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
 
 Say = Callable[[str], None]
@@ -295,7 +296,7 @@ def command(
 ) -> None:
     """Sparse attention against exact attention. Example: alaya-tiers bench attention --contexts 32K,128K,1M"""
     errors = Console(stderr=True)
-    try:
+    with one_line_errors(errors):
         plan = Plan(
             contexts=parse_contexts(contexts), kv_heads=kv_heads, group=group, head_dim=head_dim, layers=layers,
             dtype=dtype, alpha=alpha, bits=bits, sure=sure, most=most, steps=1 if quick else steps,
@@ -303,9 +304,6 @@ def command(
         )  # fmt: skip
         with errors.status("memory") as status:
             found = run(plan, status.update)
-    except (AlayaError, OSError) as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
     console = Console(file=sys.stdout)
     for table in tables(found):
         console.print(table)

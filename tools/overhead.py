@@ -24,6 +24,7 @@ from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
 from alaya_tiers.tools import machine
 from alaya_tiers.tools.baselines import VOCABULARY, Shape, build_model
+from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.machine import CpuUse
 
 GOAL = 1.05
@@ -163,13 +164,10 @@ def command(
 ) -> None:
     """Cost of the integration with a short context, against DynamicCache. Example: alaya-tiers bench overhead"""
     errors = Console(stderr=True)
-    try:
+    with one_line_errors(errors):
         if min(prompt, rounds) < 1 or new < 2:
             raise ConfigError("--prompt and --rounds must be positive, --new at least 2")
         shape = Shape(layers, hidden, heads, kv_heads, head_dim, dtype)
-    except ConfigError as error:
-        errors.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
     with errors.status(f"{rounds + 1} rounds of {len(WAYS)} ways"):
         found = measure(shape, prompt, new, rounds)
     Console(file=sys.stdout).print(table(found))
