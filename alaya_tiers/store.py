@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -200,15 +201,15 @@ def _opened(directory: str | Path) -> int:
 def _temporary_directory() -> tuple[str, int]:
     """A new directory and the descriptor that locks it; those of dead processes are removed.
 
-    The parent is locked meanwhile: nobody may take a directory for dead that is not locked yet.
+    The parent is locked while the dead are looked for: nobody may take a directory for dead that is not locked yet.
+    Removing them can take long, and is done after that, by a thread.
     """
     parent = os.environ.get("ALAYA_TIERS_DIR") or tempfile.gettempdir()
     try:
         guard = _opened(parent)
         try:
             fcntl.flock(guard, fcntl.LOCK_EX)
-            for old in Path(parent).glob(f"{_PREFIX}*"):
-                _remove_if_dead(old)
+            dead = [(old, lock) for old in Path(parent).glob(f"{_PREFIX}*") if (lock := _locked(old)) is not None]
             path = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
             lock = _opened(path)
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -216,19 +217,26 @@ def _temporary_directory() -> tuple[str, int]:
             os.close(guard)
     except OSError as error:
         raise translate(error, parent, "write") from error
+    if dead:
+        threading.Thread(target=_remove, args=(dead,), name="alaya-remove", daemon=True).start()
     return path, lock
 
 
-def _remove_if_dead(directory: Path) -> None:
-    """Remove a temporary store whose process is gone: the lock of a living one is held."""
+def _locked(directory: Path) -> int | None:
+    """The descriptor that locks a store whose process is gone; None where it lives: its lock is held."""
     try:
         lock = _opened(directory)
     except OSError:
-        return
+        return None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(directory, ignore_errors=True)
     except BlockingIOError:
-        pass
-    finally:
+        os.close(lock)
+        return None
+    return lock
+
+
+def _remove(dead: list[tuple[Path, int]]) -> None:
+    for directory, lock in dead:
+        shutil.rmtree(directory, ignore_errors=True)
         os.close(lock)
