@@ -1,9 +1,9 @@
 /* Which keys matter: a scan of low-bit codes of keys that finds every one that may be within reach of the best score, and
  * estimates the attention of all others. index/codes.py says what a code is and why the bounds hold.
  *
- * A block of codes lies in memory as floats head[4] (an error is at most ratio x scale + slack long; two unused), mean
- * key [dims], mean value [v_dim], scale [tokens], then the codes: 16 tokens x 4 dims together (8 bits), 16 tokens x 8 dims (4 bits,
- * the first four dims in the low halves). tokens is a multiple of 16, dims of 8.
+ * A block of codes lies in memory as floats head[4] (an error is at most ratio x scale + slack long, a code norm x scale), mean
+ * key [dims], mean value [v_dim], scale [tokens], then the codes: 64 tokens x 4 dims together (8 bits), 64 tokens x 8 dims (4 bits,
+ * the first four dims in the low halves). tokens is a multiple of 64, dims of 8.
  *
  * Pieces of a head's blocks are scanned by threads: the last piece first, the others against the best score in it; then
  * one pass per head drops what the best of all pieces rules out.
@@ -22,12 +22,14 @@
 #define X86 1
 #endif
 
-enum { HEAD = 4, RATIO = 0, SLACK = 1, LANES = 16, MAX_ROWS = 64, GROUP = 4 }; /* GROUP: rows at a time */
+enum { HEAD = 4, RATIO = 0, SLACK = 1, NORM = 2 };
+enum { LANES = 64, GROUP = 4, MAX_ROWS = 64 }; /* tokens coded together; rows at a time */
+enum { AHEAD = 2048 }; /* bytes of codes asked for before they are needed */
 enum { PIECE_TOKENS = 1 << 13 }; /* tokens a thread scans at a time */
 
 typedef struct {
     int32_t token;       /* number of the block x tokens of a block + offset in it */
-    float width, scale;  /* of the key's error, and of its code */
+    float width, norm;   /* of the key's error, and of its code */
 } hit;
 
 typedef struct scan {
@@ -41,9 +43,10 @@ typedef struct scan {
     int64_t *n_found;               /* [heads] */
     float *top, *mass, *lse;        /* [heads][rows]; [heads][rows][v_dim]; [heads][rows] */
     int64_t per_piece, pieces;      /* blocks of a piece; pieces of a head */
-    int8_t *q8;                     /* [heads][rows][2][dims]: q = unit x (128 high + low), -64 <= low < 64 */
-    int32_t *q_sum;                 /* [heads][rows]: sum of 128 high + low */
-    float *q_unit, *q_norm, *q_error; /* [heads][rows]; error: what the rounding of q costs per unit of a code's scale */
+    int64_t parts;                  /* of a query: 2 where bounds must be tight, else 1 */
+    int8_t *q8;                     /* [heads][rows][2][dims]: q = unit x (128 high + low), -64 <= low < 64; or unit x high */
+    int32_t *q_sum;                 /* [heads][rows]: sum of those integers */
+    float *q_unit, *q_norm, *q_error; /* [heads][rows]; error: what the rounding of q costs per unit of a code's norm */
     hit *hits;                      /* [heads][n * tokens] */
     float *scores;                  /* [heads][n * tokens][rows]: of the hits, unscaled */
     int64_t *n_hits;                /* [heads][pieces] */
@@ -51,6 +54,8 @@ typedef struct scan {
     float *piece_mass;              /* [heads][pieces][rows][v_dim + 2]: sum of weighted values, largest score, weight */
     void (*piece)(const struct scan *, int64_t, int64_t);
 } scan;
+
+static const float LOG2_E = 1.44269504f;
 
 static float cap(float x, float c) { return c > 0 ? c * tanhf(x / c) : x; }
 
@@ -61,9 +66,9 @@ static float uncap(float x, float scale, float c)
     return x / scale;
 }
 
-static float bound(const scan *f, int64_t hr, float width, float scale)
+static float bound(const scan *f, int64_t hr, hit h)
 {
-    return f->sure * f->q_norm[hr] * width + f->q_error[hr] * scale;
+    return f->sure * f->q_norm[hr] * h.width + f->q_error[hr] * h.norm;
 }
 
 #ifdef X86
@@ -173,7 +178,7 @@ static void finish_head(void *data, int64_t head, int64_t worker)
             const float *scores = f->scores + i * f->rows;
             int near = 0;
             for (int64_t r = 0; r < f->rows; r++)
-                near |= scores[r] + bound(f, at + r, f->hits[i].width, f->hits[i].scale) >= limit[r];
+                near |= scores[r] + bound(f, at + r, f->hits[i]) >= limit[r];
             if (!near) {
                 drop(f, head, f->hits[i].token, scores, sums);
                 continue;
@@ -210,9 +215,10 @@ static void finish_head(void *data, int64_t head, int64_t worker)
     }
 }
 
-/* Queries as 15-bit integers, their norms, and what the rounding can cost. */
+/* Queries as integers of 15 bits in two parts, or of 8 in one; their norms, and what the rounding can cost. */
 static void round_queries(scan *f)
 {
+    const int largest = f->parts == 1 ? 127 : 16191; /* 126 x 128 + 63 */
     for (int64_t hr = 0; hr < f->heads * f->rows; hr++) {
         const float *q = f->q + hr * f->dims;
         float most = 0, norm = 0, lost = 0;
@@ -220,20 +226,19 @@ static void round_queries(scan *f)
             most = fabsf(q[d]) > most ? fabsf(q[d]) : most;
             norm += q[d] * q[d];
         }
-        float unit = most / 16191; /* 126 x 128 + 63 */
+        float unit = most / (float)largest;
         int8_t *high = f->q8 + hr * 2 * f->dims, *low = high + f->dims;
         f->q_sum[hr] = 0;
         for (int64_t d = 0; d < f->dims; d++) {
-            int x = (int)(unit > 0 ? lrintf(q[d] / unit) : 0), h = (x + 64) >> 7;
+            int x = (int)(unit > 0 ? lrintf(q[d] / unit) : 0), h = f->parts == 1 ? x : (x + 64) >> 7;
             float e = q[d] - unit * (float)x;
             high[d] = (int8_t)h, low[d] = (int8_t)(x - 128 * h);
             f->q_sum[hr] += x;
             lost += e * e;
         }
-        int64_t largest = f->bits == 8 ? 127 : 7;
         f->q_unit[hr] = unit;
         f->q_norm[hr] = sqrtf(norm) * 1.00001f;
-        f->q_error[hr] = sqrtf(lost * (float)f->dims) * (float)largest * f->sure * 1.00001f;
+        f->q_error[hr] = sqrtf(lost) * f->sure * 1.00001f;
     }
 }
 
@@ -246,7 +251,7 @@ int alaya_scan(int64_t threads, const float *q, const int64_t *blocks, const int
     scan s = {.q = q, .blocks = blocks, .first = first, .count = count, .seed = seed, .heads = heads, .rows = rows,
                .n = n, .dims = dims, .v_dim = v_dim, .tokens = tokens, .bits = bits, .budget = budget, .scale = scale,
                .softcap = softcap, .reach = reach, .sure = sure, .found = found, .n_found = n_found, .top = top,
-               .mass = mass, .lse = lse, .piece = scan_piece_4}, *f = &s;
+               .mass = mass, .lse = lse, .parts = sure < 1 ? 1 : 2, .piece = scan_piece_4}, *f = &s;
 #ifdef X86
     int widest = alaya_widest();
     if (widest == 16 && __builtin_cpu_supports("avx512vnni")) f->piece = scan_piece_16;
@@ -281,38 +286,43 @@ int alaya_scan(int64_t threads, const float *q, const int64_t *blocks, const int
 #else /* once per instruction set from here on */
 #include "vector.h"
 
-/* out[row][lane] = 128 high + low of R queries times the codes of 16 tokens, which lie 128 (with 4 bits 8) too high. */
-INLINE void NAME(dots16)(const uint8_t *codes, const int8_t *q, const int32_t *q_sum, int64_t dims, int bits, int R,
-                         float (*out)[LANES])
+/* out[row][lane] = R queries, in P parts each, times the codes of LANES tokens, which lie 128 (with 4 bits 8) too high. */
+INLINE void NAME(dots)(const uint8_t *codes, const int8_t *q, const int32_t *q_sum, int64_t dims, int bits, int R, int P,
+                       float (*out)[LANES])
 {
     const int32_t above = bits == 8 ? 128 : 8;
 #if VL == 16
     const __m512i low4 = _mm512_set1_epi8(15);
-    __m512i sum[GROUP][2];
-    UNROLL for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_si512();
-    for (int64_t d = 0; d < dims; d += 8) {
-        const __m512i first = _mm512_loadu_si512(codes + d * (bits == 8 ? 16 : 8));
-        const __m512i c[2] = {
-            bits == 8 ? first : _mm512_and_si512(first, low4),
-            bits == 8 ? _mm512_loadu_si512(codes + d * 16 + 64) : _mm512_and_si512(_mm512_srli_epi16(first, 4), low4),
-        };
+    __m512i sum[GROUP][4];
+    UNROLL for (int i = 0; i < R * P; i++) UNROLL for (int g = 0; g < 4; g++) sum[i][g] = _mm512_setzero_si512();
+    for (int64_t d = 0; d < dims; d += 8, codes += bits * LANES) {
+        __m512i c[2][4];
+        UNROLL for (int g = 0; g < 4; g++) {
+            const __m512i first = _mm512_loadu_si512(codes + g * 64);
+            _mm_prefetch((const char *)codes + g * 64 + AHEAD, _MM_HINT_T0);
+            c[0][g] = bits == 8 ? first : _mm512_and_si512(first, low4);
+            c[1][g] = bits == 8 ? _mm512_loadu_si512(codes + g * 64 + 4 * LANES)
+                                : _mm512_and_si512(_mm512_srli_epi16(first, 4), low4);
+            if (bits == 8) _mm_prefetch((const char *)codes + g * 64 + 4 * LANES + AHEAD, _MM_HINT_T0);
+        }
         UNROLL for (int half = 0; half < 2; half++)
-            UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < 2; i++) {
+            UNROLL for (int i = 0; i < R * P; i++) {
                 int32_t four;
-                memcpy(&four, q + (2 * r + i) * dims + d + 4 * half, 4);
-                sum[r][i] = _mm512_dpbusd_epi32(sum[r][i], c[half], _mm512_set1_epi32(four));
+                memcpy(&four, q + (2 * (i / P) + i % P) * dims + d + 4 * half, 4);
+                UNROLL for (int g = 0; g < 4; g++)
+                    sum[i][g] = _mm512_dpbusd_epi32(sum[i][g], c[half][g], _mm512_set1_epi32(four));
             }
     }
-    UNROLL for (int r = 0; r < R; r++) {
-        __m512i x = _mm512_add_epi32(_mm512_slli_epi32(sum[r][0], 7), sum[r][1]);
-        _mm512_storeu_ps(out[r], _mm512_cvtepi32_ps(_mm512_sub_epi32(x, _mm512_set1_epi32(q_sum[r] * above))));
+    UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < 4; g++) {
+        __m512i x = P == 1 ? sum[r][g] : _mm512_add_epi32(_mm512_slli_epi32(sum[2 * r][g], 7), sum[2 * r + 1][g]);
+        _mm512_storeu_ps(out[r] + g * 16, _mm512_cvtepi32_ps(_mm512_sub_epi32(x, _mm512_set1_epi32(q_sum[r] * above))));
     }
 #else
     for (int r = 0; r < R; r++, q += 2 * dims) {
         int32_t acc[LANES] = {0};
         for (int64_t d = 0; d < dims; d++) {
-            int32_t x = 128 * q[d] + q[dims + d];
-            const uint8_t *c = bits == 8 ? codes + d / 4 * 64 + d % 4 : codes + d / 8 * 64 + d % 4;
+            int32_t x = P == 1 ? q[d] : 128 * q[d] + q[dims + d];
+            const uint8_t *c = codes + (bits == 8 ? d / 4 : d / 8) * 4 * LANES + d % 4;
             if (bits == 8) for (int i = 0; i < LANES; i++) acc[i] += c[i * 4] * x;
             else for (int i = 0; i < LANES; i++) acc[i] += (d % 8 < 4 ? c[i * 4] & 15 : c[i * 4] >> 4) * x;
         }
@@ -321,11 +331,16 @@ INLINE void NAME(dots16)(const uint8_t *codes, const int8_t *q, const int32_t *q
 #endif
 }
 
-/* Lanes before from or from to on see nothing. */
-INLINE void NAME(hide)(float *x, float *e, int32_t t, int32_t from, int32_t to)
+INLINE void NAME(dots_of)(const scan *f, const uint8_t *codes, const int8_t *q, const int32_t *q_sum, int R,
+                          float (*out)[LANES])
 {
-    for (int i = 0; i < LANES; i++)
-        if (t + i < from || t + i >= to) x[i] = -INFINITY, e[i] = 0;
+    const int half = R > 1 ? R / 2 : 1; /* two parts of four rows do not fit the registers */
+    if (f->bits == 8 && f->parts == 1) NAME(dots)(codes, q, q_sum, f->dims, 8, R, 1, out);
+    else if (f->parts == 1) NAME(dots)(codes, q, q_sum, f->dims, 4, R, 1, out);
+    else
+        for (int r = 0; r < R; r += half, q += half * 2 * f->dims)
+            if (f->bits == 8) NAME(dots)(codes, q, q_sum + r, f->dims, 8, half, 2, out + r);
+            else NAME(dots)(codes, q, q_sum + r, f->dims, 4, half, 2, out + r);
 }
 
 INLINE vf NAME(vcap)(vf x, float c)
@@ -342,6 +357,7 @@ typedef struct {
     float most[MAX_ROWS];    /* the largest in the estimate so far, scaled and capped: its weights are relative to it */
     float loud[MAX_ROWS];    /* that, unscaled */
     float faint[MAX_ROWS];   /* below this the estimate changes by less than 1e-13 of the largest */
+    float wide[MAX_ROWS], slack[MAX_ROWS]; /* of the present block: an error is at most wide x scale + slack */
     vf weight[MAX_ROWS];     /* of the present block, in the estimate: a sum for each lane */
 } NAME(bars);
 
@@ -357,11 +373,50 @@ static void NAME(raise)(const scan *f, NAME(bars) *k, int64_t r, float x, float 
     k->faint[r] = uncap(high - 30.0f, f->scale, f->softcap);
 }
 
-INLINE vf NAME(top16)(const float *x)
+INLINE vf NAME(highest)(const float *x)
 {
     vf top = loadf(x);
     for (int i = VL; i < LANES; i += VL) top = pick(loadf(x + i) > top, loadf(x + i), top);
     return top;
+}
+
+/* 2^x to about 1e-4 relative: enough for an estimate. */
+INLINE vf NAME(power)(vf x)
+{
+    x = pick(x > -126.0f, x, (vf){0} - 126.0f);
+    vf big = x + 12582912.0f, r = x - (big - 12582912.0f);
+    vf p = ((0.0558263180f * r + 0.2402265070f) * r + 0.6931471806f) * r + 1.0f;
+    return p * (vf)(((vu)big << 23) + 0x3f800000u);
+}
+
+/* What of LANES tokens from t on may be near enough goes to the hits, and out of x. Returns how many hits there are now. */
+static int64_t NAME(keep)(const scan *f, NAME(bars) *k, int64_t head, int64_t b, int32_t t, const int32_t *near,
+                          float (*x)[LANES], int64_t base, int64_t hits)
+{
+    const float *block = (const float *)f->blocks[head * f->n + b], *scales = block + HEAD + f->dims + f->v_dim + t;
+    const int32_t from = f->first[b] - t, to = from + f->count[b];
+    const int64_t rows = f->rows;
+    for (int64_t r = 0; r < rows; r++) {
+        vf sure = (vf){0} - INFINITY;
+        for (int i = 0; i < LANES; i += VL) {
+            vf here = loadf(x[r] + i) - (k->wide[r] * loadf(scales + i) + k->slack[r]);
+            sure = pick(here > sure, here, sure);
+        }
+        if (!any(sure > k->sure[r])) continue;
+        k->sure[r] = NAME(largest)(sure);
+        k->limit[r] = uncap(cap(k->sure[r] * f->scale, f->softcap) - f->reach, f->scale, f->softcap);
+    }
+    for (int i = from > 0 ? from : 0; i < LANES && i < to; i++) {
+        int still = 0;
+        if (!near[i]) continue;
+        for (int64_t r = 0; r < rows; r++) still |= x[r][i] + (k->wide[r] * scales[i] + k->slack[r]) >= k->limit[r];
+        if (!still) continue;
+        f->hits[base + hits] = (hit){
+            (int32_t)(b * f->tokens + t + i), block[RATIO] * scales[i] + block[SLACK], block[NORM] * scales[i]};
+        for (int64_t r = 0; r < rows; r++) f->scores[(base + hits) * rows + r] = x[r][i], x[r][i] = -INFINITY;
+        hits++;
+    }
+    return hits;
 }
 
 static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
@@ -387,70 +442,51 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
         const float *mean_k = block + HEAD, *mean_v = mean_k + f->dims, *scales = mean_v + f->v_dim;
         const uint8_t *codes = (const uint8_t *)(scales + f->tokens);
         const int32_t from = f->first[b], to = from + f->count[b];
-        const float ratio = block[RATIO], slack = block[SLACK];
         for (int64_t r = 0; r < rows; r++) {
             vf sum = {0};
-            const float *q = f->q + (at + r) * f->dims;
+            const float *q = f->q + (at + r) * f->dims, norm = f->sure * f->q_norm[at + r];
             int64_t d = 0;
             for (; d + VL <= f->dims; d += VL) sum += loadf(q + d) * loadf(mean_k + d);
-            k.weight[r] = (vf){0};
             offset[r] = NAME(total)(sum);
             for (; d < f->dims; d++) offset[r] += q[d] * mean_k[d];
+            k.weight[r] = (vf){0};
+            k.wide[r] = norm * block[RATIO] + f->q_error[at + r] * block[NORM];
+            k.slack[r] = norm * block[SLACK];
         }
         for (int32_t t = from / LANES * LANES; t < to; t += LANES) {
-            float x[MAX_ROWS][LANES], e[MAX_ROWS][LANES];
-            int32_t near[LANES] = {0};
+            float x[MAX_ROWS][LANES];
+            int32_t near[LANES];
             const uint8_t *c = codes + t / LANES * code_bytes;
             int64_t r = 0;
-            for (; r + GROUP <= rows; r += GROUP)
-                if (f->bits == 8) NAME(dots16)(c, q8 + r * 2 * f->dims, q_sum + r, f->dims, 8, GROUP, x + r);
-                else NAME(dots16)(c, q8 + r * 2 * f->dims, q_sum + r, f->dims, 4, GROUP, x + r);
-            for (; r < rows; r++)
-                if (f->bits == 8) NAME(dots16)(c, q8 + r * 2 * f->dims, q_sum + r, f->dims, 8, 1, x + r);
-                else NAME(dots16)(c, q8 + r * 2 * f->dims, q_sum + r, f->dims, 4, 1, x + r);
-            for (r = 0; r < rows; r++) {
-                const float unit = f->q_unit[at + r], norm = f->sure * f->q_norm[at + r], lost = f->q_error[at + r];
-                vi better = {0};
-                for (int i = 0; i < LANES; i += VL) {
-                    vf scale = loadf(scales + t + i), score = loadf(x[r] + i) * unit * scale + offset[r];
-                    vf error = norm * (ratio * scale + slack) + lost * scale;
-                    storef(x[r] + i, score);
-                    storef(e[r] + i, error);
-                    better |= score - error > k.sure[r];
-                }
-                if (t < from || t + LANES > to) NAME(hide)(x[r], e[r], t, from, to);
-                if (any(better)) {
-                    float sure[LANES], best;
-                    for (int i = 0; i < LANES; i++) sure[i] = x[r][i] - e[r][i];
-                    best = NAME(largest)(NAME(top16)(sure));
-                    if (best > k.sure[r]) {
-                        k.sure[r] = best;
-                        k.limit[r] = uncap(cap(best * f->scale, f->softcap) - f->reach, f->scale, f->softcap);
-                    }
-                }
-            }
+            for (; r + GROUP <= rows; r += GROUP) NAME(dots_of)(f, c, q8 + r * 2 * f->dims, q_sum + r, GROUP, x + r);
+            for (; r < rows; r++) NAME(dots_of)(f, c, q8 + r * 2 * f->dims, q_sum + r, 1, x + r);
             vi seen = {0};
             for (int i = 0; i < LANES; i += VL) {
+                const vf scale = loadf(scales + t + i);
                 vi here = {0};
-                for (r = 0; r < rows; r++) here |= loadf(x[r] + i) + loadf(e[r] + i) >= k.limit[r];
+                for (r = 0; r < rows; r++) {
+                    vf score = loadf(x[r] + i) * f->q_unit[at + r] * scale + offset[r];
+                    storef(x[r] + i, score);
+                    here |= score + (k.wide[r] * scale + k.slack[r]) >= k.limit[r];
+                }
                 memcpy(near + i, &here, sizeof here);
                 seen |= here;
             }
-            if (any(seen))
-                for (int i = 0; i < LANES; i++) {
-                    if (!near[i] || t + i < from || t + i >= to) continue; /* -inf reaches a limit of -inf */
-                    float s = scales[t + i];
-                    f->hits[base + hits] = (hit){(int32_t)(b * f->tokens + t + i), ratio * s + slack, s};
-                    for (r = 0; r < rows; r++) f->scores[(base + hits) * rows + r] = x[r][i], x[r][i] = -INFINITY;
-                    hits++;
-                }
+            if (t < from || t + LANES > to)
+                for (r = 0; r < rows; r++)
+                    for (int i = 0; i < LANES; i++)
+                        if (t + i < from || t + i >= to) x[r][i] = -INFINITY;
+            if (any(seen)) hits = NAME(keep)(f, &k, head, b, t, near, x, base, hits);
             for (r = 0; r < rows; r++) {
-                vf top = NAME(top16)(x[r]);
+                vf top = NAME(highest)(x[r]), weight = {0};
                 if (!any(top > k.faint[r])) continue;
                 if (any(top > k.loud[r])) NAME(raise)(f, &k, r, NAME(largest)(top), sums + r * width);
-                vf weight = {0};
-                for (int i = 0; i < LANES; i += VL)
-                    weight += vexp(NAME(vcap)(loadf(x[r] + i) * f->scale, f->softcap) - k.most[r]);
+                const float unit = f->scale * LOG2_E, most = k.most[r] * LOG2_E;
+                if (f->softcap > 0)
+                    for (int i = 0; i < LANES; i += VL)
+                        weight += NAME(power)(NAME(vcap)(loadf(x[r] + i) * f->scale, f->softcap) * LOG2_E - most);
+                else
+                    for (int i = 0; i < LANES; i += VL) weight += NAME(power)(loadf(x[r] + i) * unit - most);
                 k.weight[r] += weight;
             }
         }

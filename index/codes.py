@@ -27,7 +27,7 @@ from alaya_tiers import kernel
 from alaya_tiers.errors import InputError
 from alaya_tiers.index.base import Found
 
-LANES, HEAD = 16, 4
+LANES, HEAD = 64, 4
 """As in scan.c: tokens coded together, floats in front of a block's codes."""
 
 MOST_ROWS = 64
@@ -101,6 +101,7 @@ def encode(k: Tensor, v: Tensor, layout: Layout) -> Tensor | None:
     out = torch.zeros(heads, layout.nbytes, dtype=torch.uint8)
     floats = out[:, : 4 * layout.floats].view(torch.float32)
     floats[:, 0] = (error / scale[..., 0]).amax(1) * 1.0001
+    floats[:, 2] = code.norm(dim=2).amax(1) * 1.0001
     floats[:, 1] = (
         keys.norm(dim=2).amax(1) * (k_dim * 2.0**-22) + _NO_SCALE
     )  # what rounding in rotation and sums can cost
