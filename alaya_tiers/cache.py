@@ -26,10 +26,11 @@ from alaya_tiers.attention import (
 from alaya_tiers.blocks import Geometry
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ContextTooLong, InputError
+from alaya_tiers.explain import Explanation, explain
 from alaya_tiers.layer import AtHand, Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.stats import Stats, TierUse
-from alaya_tiers.view import Gathered, Visible, mask_of, positions_of, tiles
+from alaya_tiers.view import Gathered, Heads, Spans, Visible, mask_of, positions_of, tiles
 
 __all__ = ["Session", "Visible"]
 
@@ -107,23 +108,55 @@ class Session:
         is unchanged then.
         """
         self.engine.check_open()
-        state = self.layers[layer]
+        state, began = self.layers[layer], self.engine.clock.monotonic()
         with self.engine.mover.lock:
             self.engine.mover.ledger.begin_pass(layer)
-        g = state.shape.geometry
         rows, heads, n, _ = q.shape
-        v_dim = g.k_dim if latent else g.v_dim
+        v_dim = state.shape.geometry.k_dim if latent else state.shape.geometry.v_dim
         out = q.new_empty(rows, heads, n, v_dim)
         for r, row in enumerate(state.rows):
-            grouped = q[r].reshape(g.kv_heads, heads // g.kv_heads * n, -1)
-            part: Partial | None = None
-            for more in self._partials(state, row, grouped, visible[r], scale, softcap, latent=latent):
-                part = more if part is None else merge((part, more))
-            part = nothing(grouped, v_dim) if part is None else part
-            if sinks is not None:
-                part = with_sinks(part, sinks.view(g.kv_heads, -1, 1).expand(-1, -1, n).reshape(g.kv_heads, -1))
-            out[r] = part.out.view(heads, n, v_dim)
+            done = 0
+            if self.engine.sparse is not None and not latent and visible[r].extra is None:
+                done = self._sparse(state, row, q[r], visible[r], scale, softcap, sinks, out[r])
+            if done < n:
+                seen = visible[r].part(done, n) if done else visible[r]
+                part = self._exact(
+                    state, row, self._grouped(state, q[r, :, done:]), seen, scale, softcap, latent=latent
+                )
+                out[r, :, done:] = _with_sinks(part, sinks).out.view(heads, n - done, v_dim)
+        if n * heads <= FEW_ROWS * state.shape.geometry.kv_heads:
+            state.history.measured = self.engine.clock.monotonic() - began
         return out
+
+    def _sparse(
+        self,
+        state: Layer,
+        row: Row,
+        q: Tensor,
+        visible: Visible,
+        scale: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+        out: Tensor,
+    ) -> int:
+        """Sparse attention of the first queries, into ``out``; of how many. The others are to be attended exactly."""
+        engine, (heads, n, _) = self.engine, q.shape
+        use, most = engine.sparse, max(1, FEW_ROWS * state.shape.geometry.kv_heads // heads)
+        assert use is not None
+        if n > most and not engine.settings.sparse_prefill:
+            return 0
+        history = state.history if n <= most else state.prefill
+        for start in range(0, n, most):
+            end = min(n, start + most)
+            part = sparse.attend(
+                state, row, history, self._grouped(state, q[:, start:end]), visible.part(start, end), scale, softcap,
+                partial(self._blocks, state, row), use,
+            )  # fmt: skip
+            if part is None:
+                use.exact += heads * (n - start)
+                return start
+            out[:, start:end] = _with_sinks(part, sinks).out.view(heads, end - start, -1)
+        return n
 
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """All of a layer as tensors k [rows, kv_heads, length, k_dim] and v: what tiers try never to make."""
@@ -134,7 +167,7 @@ class Session:
         v = torch.empty(len(state.rows), g.kv_heads, state.length, g.v_dim, dtype=g.dtype)
         everything = Visible.all(state.length, 1)
         for r, row in enumerate(state.rows):
-            for piece in self._pieces(state, row, 0, state.length):
+            for piece in self._pieces(state, row, everything):
                 for part in tiles(piece, everything) if isinstance(piece, BlockList) else [piece]:
                     k[r, :, part.positions], v[r, :, part.positions] = part.k.to(k.device), part.v.to(v.device)
         self.gathered += 1
@@ -158,6 +191,10 @@ class Session:
         self.engine.check_open()
         if self.engine.sparse is not None:
             sparse.build(list(self.layers.values()), say)
+
+    def explain(self) -> Explanation:
+        """In sparse mode: what the optimizer planned for the last token, layer by layer, beside what it took."""
+        return explain(self.engine.settings, self.layers.values())
 
     def stats(self) -> Stats:
         """What happened so far."""
@@ -213,32 +250,32 @@ class Session:
             raise InputError(f"layer {number} holds {len(state.rows)} sequences, got {k.shape[0]}")
         return state
 
+    @staticmethod
+    def _grouped(state: Layer, q: Tensor) -> Tensor:
+        """Queries [query_heads, n, dim] by kv head: [kv_heads, query heads of it x n, dim]."""
+        g = state.shape.geometry
+        return q.reshape(g.kv_heads, q.shape[0] // g.kv_heads * q.shape[1], -1)
+
+    def _exact(
+        self, state: Layer, row: Row, q: Tensor, visible: Visible, scale: float, softcap: float | None, *, latent: bool
+    ) -> Partial:
+        """Attention over all that is visible. q: [kv_heads, rows, k_dim]."""
+        g, part = state.shape.geometry, None
+        for more in self._partials(state, row, q, visible, scale, softcap, latent=latent):
+            part = more if part is None else merge((part, more))
+        return nothing(q, g.k_dim if latent else g.v_dim) if part is None else part
+
     def _partials(
-        self,
-        state: Layer,
-        row: Row,
-        q: Tensor,
-        visible: Visible,
-        scale: float,
-        softcap: float | None,
-        *,
-        latent: bool,
+        self, state: Layer, row: Row, q: Tensor, visible: Visible, scale: float, softcap: float | None, *, latent: bool
     ) -> Iterator[Partial]:
         """Attention over one batch of readable blocks after the other. q: [kv_heads, rows, k_dim]."""
         if not visible.lo.size:
             return
         group = q.shape[1] // visible.lo.size
         few = q.shape[1] <= FEW_ROWS and visible.extra is None and not latent
-        if few and self.engine.sparse is not None:
-            exact = partial(self._blocks, state, row)
-            whole = sparse.attend(state, row, q, visible, scale, softcap, exact, self.engine.sparse)
-            if whole is not None:
-                yield whole
-                return
-            self.engine.sparse.exact += q.shape[0] * q.shape[1]
         lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
         past = None if few else visible.past
-        for piece in self._pieces(state, row, int(lo.min()), int(hi.max())):
+        for piece in self._pieces(state, row, visible):
             if few and isinstance(piece, BlockList):
                 yield attend_blocks(q, piece, scale, lo, hi, softcap)
                 continue
@@ -251,13 +288,10 @@ class Session:
                 mask = mask_of(tile.positions, visible, group, q.shape[0], cut=tile.cut)
                 yield attend_dense(q, k, v, scale, None if mask is None else mask.to(q.device), softcap)
 
-    def _pieces(self, state: Layer, row: Row, lo: int, hi: int) -> Iterator["BlockList | Gathered"]:
-        """The blocks of positions ``lo`` to ``hi``, batch by batch, each readable until the next is asked for."""
-        size = state.shape.tokens
-        hi = min(hi, state.length)
-        if hi <= lo:
-            return
-        whole = lo < size and hi == state.length
+    def _pieces(self, state: Layer, row: Row, visible: Visible) -> Iterator["BlockList | Gathered"]:
+        """The blocks of what is visible, batch by batch, each readable until the next is asked for."""
+        spans = visible.spans(state.length, state.shape.tokens)
+        whole = spans.run.size == row.runs and visible.ranges is None
         if whole and (known := row.at_hand) is not None and known.blocks.starts.size == row.runs:
             held = self.engine.pin_again(known.ids, known.moves, known.device_bytes, known.host_bytes)
             if held is not None:
@@ -268,34 +302,42 @@ class Session:
                     self.engine.unpin(known.ids, used=True)
                 self.engine.read_ahead(partial(self._upcoming, state.number))
                 return
-        yield from self._pieces_of(state, row, np.arange(lo // size, -(-hi // size)), whole=whole)
+        yield from self._pieces_of(state, row, spans, None, whole=whole)
 
-    def _blocks(self, state: Layer, row: Row, runs: npt.NDArray[np.intp]) -> Iterator[BlockList]:
-        """The same for some runs of blocks, in memory the CPU reads."""
-        for piece in self._pieces_of(state, row, runs, whole=False):
+    def _blocks(self, state: Layer, row: Row, spans: Spans, heads: Heads) -> Iterator[BlockList]:
+        """Some blocks of some kv heads, in memory the CPU reads."""
+        for piece in self._pieces_of(state, row, spans, heads, whole=False):
             assert isinstance(piece, BlockList)
             yield piece
 
     def _pieces_of(
-        self, state: Layer, row: Row, runs: npt.NDArray[np.intp], *, whole: bool
+        self, state: Layer, row: Row, spans: Spans, heads: Heads | None, *, whole: bool
     ) -> Iterator["BlockList | Gathered"]:
-        if not runs.size:
+        if not spans.run.size:
             return
         g, size = state.shape.geometry, state.shape.tokens
-        starts = (runs * size).astype(np.int32)
-        counts = np.minimum(size, state.length - starts).astype(np.int32)
+        runs, place = np.unique(spans.run, return_inverse=True)  # two ranges can meet in a block
         ids = state.ids(row.first[runs])
+        ids = ids if heads is None else ids[heads]
         upcoming = partial(self._upcoming, state.number) if self.engine.sparse is None else sparse.nothing_more
         book = self.engine.mover.ledger
         for columns, batch in self.engine.reading(ids, upcoming):
-            here, moves = self.engine.on_cpu(batch).all(0), book.moves
-            if not here.all():
-                there = np.flatnonzero(~here)
-                yield _gathered(state, batch[:, there], starts[columns[there]], counts[columns[there]])
-                columns, batch = columns[here], batch[:, here]
-            if columns.size:
-                addresses = self.engine.addresses(batch)
-                blocks = BlockList(addresses, starts[columns], counts[columns], g.k_dim, g.v_dim, g.dtype)
+            here, moves = np.asarray(self.engine.on_cpu(batch).all(0)), book.moves
+            column = np.full(runs.size, -1)
+            column[columns] = np.arange(columns.size)
+            for on_cpu in (False, True):
+                some = spans.where((of_span := column[place]) >= 0)
+                of_span = of_span[of_span >= 0]
+                chosen = here[of_span] == on_cpu
+                if not chosen.any():
+                    continue
+                some, blocks_of = some.where(chosen), batch[:, of_span[chosen]]
+                starts = (some.run * size + some.first).astype(np.int32)
+                if not on_cpu:
+                    yield _gathered(state, blocks_of, some, starts)
+                    continue
+                addresses = self.engine.addresses(blocks_of) + some.first.astype(np.int64) * g.row_bytes
+                blocks = BlockList(addresses, starts, some.count, g.k_dim, g.v_dim, g.dtype)
                 if whole and batch is ids and book.moves == moves:  # the pinned stay; what moved would have counted
                     on_device = int(np.count_nonzero(book.device[ids] >= 0)) * state.shape.nbytes
                     rest = ids.size * state.shape.nbytes - on_device
@@ -336,18 +378,31 @@ class Session:
         return [name for i, name in enumerate(names) if i == 0 or name != names[i - 1]]
 
 
+def _with_sinks(part: Partial, sinks: Tensor | None) -> Partial:
+    """sinks: [query_heads]."""
+    if sinks is None:
+        return part
+    kv_heads, rows = part.lse.shape
+    return with_sinks(
+        part, sinks.view(kv_heads, -1, 1).expand(-1, -1, rows * kv_heads // sinks.numel()).reshape(kv_heads, -1)
+    )
+
+
 def _let_go(layers: dict[int, Layer], engine: Engine) -> None:
     """A session was collected, perhaps in the middle of the engine's work: leave its blocks to the next call."""
     engine.bury([state.ids(row.first).ravel() for state in layers.values() for row in state.rows])
 
 
-def _gathered(state: Layer, ids: Ids, starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -> Gathered:
-    """Blocks of which some are in GPU memory, copied together there. ids: [kv_heads, columns]."""
+def _gathered(state: Layer, ids: Ids, spans: Spans, starts: npt.NDArray[np.int32]) -> Gathered:
+    """Blocks of which some are in GPU memory, copied together there. ids: [kv_heads, spans]."""
     device = state.engine.mover.device.tensor(0).device
+    parts = list(zip(spans.first.tolist(), spans.count.tolist(), strict=True))
     rows = torch.stack(
         [
-            torch.cat([state.rows_of(block)[:n].to(device) for block, n in zip(of_head, counts.tolist(), strict=True)])
+            torch.cat(
+                [state.rows_of(block)[i : i + n].to(device) for block, (i, n) in zip(of_head, parts, strict=True)]
+            )
             for of_head in ids.tolist()
         ]
     )
-    return Gathered(rows, state.shape.geometry.k_dim, positions_of(starts, counts), True)
+    return Gathered(rows, state.shape.geometry.k_dim, positions_of(starts, spans.count), True)

@@ -59,6 +59,11 @@ class Settings:
     index_sure: standard deviations of a code's error that are allowed for; 0 = any error there can be (complete).
     index_budget: bytes of codes in memory; None = no limit. What finds no room is attended exactly, with a warning.
     measure_mass: sparse mode also attends exactly and compares, for its statistics. Slow.
+    sparse_prefill: sparse mode also for prompts, a few tokens at a time; else prompts are attended exactly.
+    attention_target: seconds of attention for each new token that sparse mode aims at: what heads may select is cut to
+        what fits, and the statistics tell what that left out. None = as long as the keys within reach take.
+    read_rate, scan_rate, ssd_rate, pick_seconds: what the optimizer of sparse mode believes of this machine: bytes a
+        second of KV in memory, of codes, of the disk, and seconds for a key picked singly, all threads together.
     block_tokens: tokens of one block, a power of two.
     segment_tokens: tokens of one segment (one file per layer), a power of two, at least block_tokens.
     sink_tokens: first tokens of the context that the device tier prefers to keep.
@@ -83,6 +88,12 @@ class Settings:
     index_sure: float = 3.0
     index_budget: int | None = 2 << 30
     measure_mass: bool = False
+    sparse_prefill: bool = False
+    attention_target: float | None = None
+    read_rate: float = 30e9
+    scan_rate: float = 20e9
+    ssd_rate: float = 1.5e9
+    pick_seconds: float = 30e-9
     block_tokens: int = 256
     segment_tokens: int = 8192
     sink_tokens: int = 256
@@ -115,6 +126,9 @@ class Settings:
             raise ConfigError(f"index_sure is a number of standard deviations, or 0, got {self.index_sure!r}")
         if self.most_selected is not None and self.most_selected < 0:
             raise ConfigError(f"most_selected cannot be negative, got {self.most_selected!r}")
+        for name in ("attention_target", "read_rate", "scan_rate", "ssd_rate", "pick_seconds"):
+            if (number := getattr(self, name)) is not None and not 0 < number < float("inf"):
+                raise ConfigError(f"{name} must be above 0, got {number!r}")
         for name, least in (("sink_tokens", 0), ("recent_tokens", 1), ("io_threads", 1), ("batch_bytes", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ConfigError(f"{name} is an integer of at least {least}, got {getattr(self, name)!r}")

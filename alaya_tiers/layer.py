@@ -55,7 +55,8 @@ class Layer:
         self.engine, self.number, self.shape = engine, number, shape
         self.length = 0
         self.rows = [Row(engine.new_stream()) for _ in range(rows)]
-        self.history = History()
+        self.history, self.prefill = History(shape.geometry.kv_heads), History(shape.geometry.kv_heads)
+        """What sparse attention needed lately: decoding, and in chunks of a prompt."""
 
     def ids(self, first: npt.NDArray[np.int64]) -> Ids:
         """Block ids of runs, [kv_heads, runs]."""

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from alaya_tiers import kernel
 from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_lists, merge
-from alaya_tiers.index.codes import MOST_ROWS, Reach, boundable, scan
+from alaya_tiers.index.codes import MOST_ROWS, Layout, Reach, boundable, scan
+from alaya_tiers.index.plan import History, Rates, Step
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.stats import SparseUse
-from alaya_tiers.view import Visible
+from alaya_tiers.view import Heads, Spans, Visible
 
 
 class IndexFullWarning(UserWarning):
@@ -33,16 +34,18 @@ class IndexFullWarning(UserWarning):
 
 
 LEAST = 4
-"""Runs of coded blocks that are worth a scan."""
+"""Coded blocks that are worth a scan."""
 
-Runs = npt.NDArray[np.intp]
-Exact = Callable[[Runs], Iterator[BlockList]]
-"""Blocks of some runs of a row, batch by batch, in memory the CPU reads."""
+NONE = np.empty(0, np.int32)
+
+Exact = Callable[[Spans, Heads], Iterator[BlockList]]
+"""Blocks of some kv heads of a row, batch by batch, in memory the CPU reads."""
 
 
 def attend(
     state: Layer,
     row: Row,
+    history: History,
     q: Tensor,
     visible: Visible,
     scale: float,
@@ -50,53 +53,84 @@ def attend(
     exact: Exact,
     use: SparseUse,
 ) -> Partial | None:
-    """Attention of a few queries over one row; None where exact attention is the plan, which the caller then does.
+    """Attention of a few queries over one row; None where exact attention of all heads is the plan: the caller's work.
 
     q: [kv_heads, rows, k_dim]; visible without ``extra``. Raises StoreError.
     """
     partitions, s, g, size = state.engine.partitions, state.engine.settings, state.shape.geometry, state.shape.tokens
     assert partitions is not None
     low, high = int(visible.lo.max()), int(visible.hi.min())
-    begin, end = int(visible.lo.min()) // size, -(-int(visible.hi.max()) // size)
     first, last = -(-(low + s.sink_tokens) // size), min(high - s.recent_tokens, state.length) // size
     if last - first < LEAST or g.dtype not in kernel.DTYPES or q.shape[1] > MOST_ROWS or not boundable(q):
         return None
-    coded, codes, held = partitions.of(state.ids(row.first[first:last]))
+    every = visible.spans(state.length, size)
+    inner = (every.run >= first) & (every.run < last)
+    middle = every.where(inner)
+    coded, codes, held = partitions.of(state.ids(row.first[middle.run]))
     if partitions.full:
         _warn_full(s.index_budget)
-    if int(coded.sum()) < LEAST or state.history.skips():
+    if int(coded.sum()) < LEAST:
         return None
-    middle = np.arange(first, last)
-    runs, outside = middle[coded], np.concatenate([np.arange(begin, first), middle[~coded], np.arange(last, end)])
+    inner[inner] = coded
+    outside, middle, layout = every.where(~inner), middle.where(coded), partitions.layout(state.shape)
+    step = _step(state, row, outside, middle, layout)
+    rates = Rates(s.read_rate, s.scan_rate, s.pick_seconds, s.ssd_rate)
+    target = None if s.attention_target is None else s.attention_target / len(state.engine.mover.shapes)
+    look, most = history.plan(step, rates, target, s.most_selected)
+    history.tokens = int(every.count.sum())
+    if not look.any():
+        return None
     group = q.shape[1] // visible.lo.size
     lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
 
-    def dense(some: Runs, top: Tensor | None = None) -> Iterator[Partial]:
-        for blocks in exact(some):
-            here = torch.empty(q.shape[:2])
-            yield attend_blocks(q, blocks, scale, lo, hi, softcap, here)
+    def dense(some: Spans, heads: Heads, top: Tensor | None = None) -> Iterator[Partial]:
+        for blocks in exact(some, heads):
+            here = torch.empty(heads.size, q.shape[1])
+            yield attend_blocks(q[heads], blocks, scale, lo, hi, softcap, here)
             if top is not None:
                 torch.maximum(top, here, out=top)
 
-    seed = torch.full(q.shape[:2], -torch.inf)
-    parts = list(dense(outside, seed))
-    layout = partitions.layout(state.shape)
-    reach = Reach.of_share(s.alpha, s.most_selected, s.index_sure or None)
-    zero, full = np.zeros(runs.size, np.int32), np.full(runs.size, size, np.int32)
-    found = scan(q, codes, zero, full, layout, reach, scale, softcap, seed, partitions.scratch)
+    heads = np.flatnonzero(look)
+    seed = torch.full((heads.size, q.shape[1]), -torch.inf)
+    parts = list(dense(outside, heads, seed))
+    reach = Reach.of_share(s.alpha, most, s.index_sure or None)
+    found = scan(
+        q[heads], codes[heads], middle.first, middle.count, layout, reach, scale, softcap, seed, partitions.scratch
+    )
     del held
-    n_found, n_coded = sum(tokens.size for tokens in found.tokens), runs.size * size * g.kv_heads
-    if state.history.judge(n_found, n_coded):
-        use.exact += seed.numel()
-        return merge([*parts, *dense(runs)])
-    near = merge([*parts, *_lists(state, row, q, runs, found.tokens, layout.rows, scale, softcap)])
+    n_found = np.array([tokens.size for tokens in found.tokens])
+    dear = history.judge(n_found.astype(np.float64), step, rates)
+    tokens = [NONE if everything else some for some, everything in zip(found.tokens, dear, strict=True)]
+    near = merge([*parts, *_lists(state, row, q, heads, middle, tokens, layout.rows, scale, softcap)])
     whole = merge((near, Partial(found.rest.to(q.device), found.rest_lse.to(q.device))))
-    window = int((np.minimum(state.length, (outside + 1) * size) - outside * size).sum())
-    _note(use, torch.exp(near.lse - whole.lse), window, n_found / g.kv_heads, high - low)
-    use.scanned_bytes += codes.size * layout.nbytes
-    if s.measure_mass:
-        _compare(use, near, whole, merge(list(dense(np.arange(begin, end)))))
-    return whole
+    sparse, window = ~dear, int(outside.count.sum())
+    _note(use, torch.exp(near.lse - whole.lse)[sparse], window, n_found[sparse], history.tokens)
+    use.scanned_bytes += codes[heads].size * layout.nbytes
+    if s.measure_mass and sparse.any():
+        truth = merge(list(dense(every, heads[sparse])))
+        _compare(use, Partial(*(x[sparse] for x in near)), Partial(*(x[sparse] for x in whole)), truth)
+    if sparse.all() and look.all():
+        return whole
+    rest = np.concatenate([heads[dear], np.flatnonzero(~look)])
+    use.exact += rest.size * q.shape[1]
+    return _together(heads[sparse], Partial(*(x[sparse] for x in whole)), rest, merge(list(dense(every, rest))))
+
+
+def _together(some: Heads, of_some: Partial, rest: Heads, of_rest: Partial) -> Partial:
+    """Results of different kv heads as one."""
+    order = torch.from_numpy(np.argsort(np.concatenate([some, rest])))
+    return Partial(*(torch.cat(pair)[order] for pair in zip(of_some, of_rest, strict=True)))
+
+
+def _step(state: Layer, row: Row, outside: Spans, middle: Spans, layout: Layout) -> Step:
+    """What a step of one kv head costs in bytes."""
+    g, book = state.shape.geometry, state.engine.mover.ledger
+    window = float(outside.count.sum() * g.row_bytes)
+    cold = 1 - float(book.readable(row.first[middle.run]).mean())
+    return Step(
+        window + float(middle.count.sum() * g.row_bytes), window, float(middle.run.size * layout.nbytes), g.row_bytes,
+        state.shape.nbytes, middle.run.size, cold,
+    )  # fmt: skip
 
 
 def _warn_full(budget: int | None) -> None:
@@ -129,36 +163,38 @@ def _lists(
     state: Layer,
     row: Row,
     q: Tensor,
-    runs: Runs,
+    heads: Heads,
+    spans: Spans,
     found: list[npt.NDArray[np.int32]],
     rows: int,
     scale: float,
     softcap: float | None,
 ) -> Iterator[Partial]:
-    """Exact attention over single tokens of each head, batch by batch as their blocks arrive.
+    """Exact attention over single tokens of some kv heads, batch by batch as their blocks arrive.
 
-    found: for each head, place of the run in ``runs`` x ``rows`` + offset, ascending.
+    found: for each of ``heads``, place of the block in ``spans`` x ``rows`` + offset, ascending.
     """
     engine, g = state.engine, state.shape.geometry
     counts = np.array([tokens.size for tokens in found])
     if not counts.any():
         return
     tokens, first = np.concatenate(found), np.append(0, np.cumsum(counts))
+    runs, place = np.unique(spans.run, return_inverse=True)
     offsets = tokens % rows * g.row_bytes
-    cell = tokens // rows + np.repeat(np.arange(g.kv_heads) * runs.size, counts)  # of a table [heads, runs]
-    wanted = np.zeros(g.kv_heads * runs.size, bool)
+    cell = place[tokens // rows] + np.repeat(np.arange(heads.size) * runs.size, counts)  # of a table [heads, runs]
+    wanted = np.zeros(heads.size * runs.size, bool)
     wanted[cell] = True
-    cells, blocks = np.flatnonzero(wanted), state.ids(row.first[runs]).ravel()[wanted]
+    cells, blocks = np.flatnonzero(wanted), state.ids(row.first[runs])[heads].ravel()[wanted]
     for columns, batch in engine.reading(blocks[None], nothing_more):
         base = np.full(wanted.size, -1, np.int64)
         base[cells[columns]] = engine.addresses(batch)[0]
         start = base[cell]
         if columns.size == blocks.size:
-            yield attend_lists(q, start + offsets, first, g.k_dim, g.v_dim, g.dtype, scale, softcap)
+            yield attend_lists(q[heads], start + offsets, first, g.k_dim, g.v_dim, g.dtype, scale, softcap)
             continue
         here = start >= 0
         some = np.append(0, np.cumsum(here))[first]
-        yield attend_lists(q, (start + offsets)[here], some, g.k_dim, g.v_dim, g.dtype, scale, softcap)
+        yield attend_lists(q[heads], (start + offsets)[here], some, g.k_dim, g.v_dim, g.dtype, scale, softcap)
 
 
 def nothing_more() -> Iterator[Ids]:
@@ -166,11 +202,14 @@ def nothing_more() -> Iterator[Ids]:
     return iter(())
 
 
-def _note(use: SparseUse, share: Tensor, window: int, found: float, visible: int) -> None:
-    steps = share.numel()
+def _note(use: SparseUse, share: Tensor, window: int, found: npt.NDArray[np.int_], visible: int) -> None:
+    """share: [heads, rows]; found: keys of each head, picked singly."""
+    steps, rows = share.numel(), share.shape[1]
+    if not steps:
+        return
     use.steps += steps
     use.window += window * steps
-    use.attended += round((window + found) * steps)
+    use.attended += window * steps + int(found.sum()) * rows
     use.visible += visible * steps
     use.recovered += float(share.sum())
     use.least = min(use.least, float(share.min()))

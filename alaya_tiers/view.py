@@ -1,6 +1,6 @@
 """What queries see, and the tiles of KV that many queries attend at a time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 
 from alaya_tiers.attention import BlockList, gather
+from alaya_tiers.errors import InputError
+
+Heads = npt.NDArray[np.intp]
+"""Numbers of some kv heads."""
 
 TILE_TOKENS = 4096
 """Tokens gathered at a time for many rows: bounds the scratch memory of prefill."""
@@ -27,19 +31,22 @@ class Extra(Protocol):
 class Visible:
     """What the queries of one sequence see.
 
-    lo, hi: int32 [queries]; query i sees positions lo[i] <= p < hi[i], further narrowed by ``extra`` if given.
+    lo, hi: int32 [queries]; query i sees positions lo[i] <= p < hi[i], of these only the ones in ``ranges``
+    (start, end), ascending and apart, further narrowed by ``extra`` if given.
     """
 
     lo: npt.NDArray[np.int32]
     hi: npt.NDArray[np.int32]
     extra: Extra | None = None
+    ranges: tuple[tuple[int, int], ...] | None = None
 
     @property
     def past(self) -> int | None:
         """Tokens before the first query, if query i sees just those and itself and the ones between; else None."""
         first = int(self.hi[0]) - 1
         ramp = np.arange(first + 1, first + 1 + self.hi.size)
-        return first if self.extra is None and not self.lo.any() and np.array_equal(self.hi, ramp) else None
+        plain = self.extra is None and self.ranges is None
+        return first if plain and not self.lo.any() and np.array_equal(self.hi, ramp) else None
 
     @classmethod
     def causal(cls, past: int, queries: int) -> "Visible":
@@ -50,6 +57,56 @@ class Visible:
     def all(cls, length: int, queries: int, extra: Extra | None = None) -> "Visible":
         """Every query sees every token, but for ``extra``."""
         return cls(np.zeros(queries, np.int32), np.full(queries, length, np.int32), extra)
+
+    @classmethod
+    def only(cls, ranges: Iterable[tuple[int, int]], queries: int) -> "Visible":
+        """Every query sees the tokens of some ranges (start, end) of positions, in any order. Raises InputError."""
+        merged: list[tuple[int, int]] = []
+        for start, end in sorted(ranges):
+            if not 0 <= start <= end:
+                raise InputError(
+                    f"tokens {start} to {end} are no range: it starts at 0 or later and ends after its start"
+                )
+            if merged and start <= merged[-1][1]:
+                merged[-1] = merged[-1][0], max(end, merged[-1][1])
+            elif start < end:
+                merged.append((start, end))
+        lo, hi = (merged[0][0], merged[-1][1]) if merged else (0, 0)
+        return cls(np.full(queries, lo, np.int32), np.full(queries, hi, np.int32), None, tuple(merged))
+
+    def part(self, start: int, end: int) -> "Visible":
+        """What some of the queries see; not with ``extra``."""
+        return self if end - start == self.lo.size else replace(self, lo=self.lo[start:end], hi=self.hi[start:end])
+
+    def spans(self, length: int, size: int) -> "Spans":
+        """The blocks of ``size`` tokens that hold what some query sees of the first ``length`` tokens."""
+        lo, hi = (int(self.lo.min()), min(int(self.hi.max()), length)) if self.lo.size else (0, 0)
+        ranges = self.ranges
+        if ranges is None:  # whole blocks: what sees less of the outer ones is masked
+            ranges = ((lo // size * size, min(-(-hi // size) * size, length)),)
+        pieces = []
+        for start, end in ranges:
+            a, b = (start, end) if self.ranges is None else (max(start, lo), min(end, hi))
+            runs = np.arange(a // size, -(-b // size)) if b > a else np.empty(0, np.intp)
+            first = np.maximum(a - runs * size, 0)
+            pieces.append((runs, first, np.minimum(b - runs * size, size) - first))
+        run, first, count = (
+            (np.concatenate(part) for part in zip(*pieces, strict=True)) if pieces else [np.empty(0, np.intp)] * 3
+        )
+        return Spans(run, first.astype(np.int32), count.astype(np.int32))
+
+
+@dataclass(frozen=True, slots=True)
+class Spans:
+    """Tokens of one sequence, ascending: of block ``run[i]``, ``count[i]`` tokens from ``first[i]`` on."""
+
+    run: npt.NDArray[np.intp]
+    first: npt.NDArray[np.int32]
+    count: npt.NDArray[np.int32]
+
+    def where(self, keep: npt.NDArray[np.bool_]) -> "Spans":
+        """Some of them. keep: bool [n]."""
+        return Spans(self.run[keep], self.first[keep], self.count[keep])
 
 
 class Gathered(NamedTuple):

@@ -1,35 +1,118 @@
-"""The plan of a layer's next decode step: look for the keys that matter, or read all of them."""
+"""The optimizer: for each kv head of a layer, look for the keys that matter or read all, by what either would cost.
 
+    flat         read every key and value in order: exact
+    codes        scan the codes, attend to what is within reach (DIPR), estimate the rest
+    codes, most  the same with at most so many keys for each head, where a target of time asks for it
+
+A step's cost is predicted from bytes and the machine's rates, and from how many keys each head found lately.
+Source: AlayaDB (arXiv 2504.10326), 6.2, has rules here; a cost model is what it leaves open.
+"""
+
+import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
-LIST_COST, SCAN_COST = 3.0, 0.3
-"""Of a token picked singly, and of a token's code, against a token read in order. Measured: docs/benchmarks.md."""
+import numpy as np
+import numpy.typing as npt
+
+Heads = npt.NDArray[np.float64]
 
 LONGEST_PAUSE = 63
-"""Steps in a row that a layer reads everything without asking whether it still must."""
+"""Steps in a row that a head reads everything without asking whether it still must."""
 
 
-@dataclass(slots=True)
-class History:
-    """What a layer's queries needed lately: the plan of its next step.
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What the machine does, all threads together.
 
-    Where so many keys are within reach that reading all of them in order is faster than picking those, the layer
-    attends exactly, and is asked again after ``pause`` steps, each time twice as many.
+    read, scan, ssd: bytes a second of K and V in memory, of codes, of the disk. pick: seconds of a key found singly.
     """
 
-    pause: int = 0
-    left: int = 0
+    read: float
+    scan: float
+    pick: float
+    ssd: float
 
-    def skips(self) -> bool:
-        """Whether this step does not even look."""
-        if not self.left:
-            return False
-        self.left -= 1
-        return True
 
-    def judge(self, found: int, tokens: int) -> bool:
-        """Whether reading all is the faster way, with so many found among so many."""
-        full = found * LIST_COST + tokens * SCAN_COST > tokens
-        self.pause = min(LONGEST_PAUSE, 2 * self.pause + 1) if full else 0
-        self.left = self.pause
-        return found * LIST_COST > tokens
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step of a layer would touch for each of its kv heads. Bytes, but for ``blocks``.
+
+    everything: K and V it sees; window: of these, what is attended in any case. codes: of all it would scan. row: of
+    one token's K and V. block: of one block's; blocks: how many there are, and ``cold`` the share of them on disk.
+    """
+
+    everything: float
+    window: float
+    codes: float
+    row: float
+    block: float
+    blocks: int
+    cold: float
+
+    def flat(self, rates: Rates) -> float:
+        """Seconds to read everything."""
+        return self.everything * (1 / rates.read + self.cold / rates.ssd)
+
+    def scan(self, rates: Rates) -> float:
+        """Seconds for the window and the codes."""
+        return self.window / rates.read + self.codes / rates.scan
+
+    def picks(self, found: Heads, rates: Rates) -> Heads:
+        """Seconds for so many keys found singly, each in a block of its own while there are blocks."""
+        loads = np.minimum(found, self.blocks) * self.cold * self.block / rates.ssd
+        return np.asarray(found * (rates.pick + self.row / rates.read) + loads)
+
+    def most(self, seconds: float, rates: Rates) -> int:
+        """How many keys found singly fit into so much time, after window and codes."""
+        left = seconds - self.scan(rates)
+        each = rates.pick + self.row / rates.read + self.cold * self.block / rates.ssd
+        return max(0, int(left / each))
+
+
+class Choice(NamedTuple):
+    """The plan of a step. look: bool [kv_heads], which heads scan codes. most: keys each of them may find."""
+
+    look: npt.NDArray[np.bool_]
+    most: int | None
+
+
+class History:
+    """What the kv heads of a layer needed lately, and the plan of its next step.
+
+    A head with so many keys within reach that reading all in order is faster does so, and is asked again after
+    ``pause`` steps, each time twice as many.
+    """
+
+    def __init__(self, heads: int) -> None:
+        self.found = np.zeros(heads)
+        """Keys that each head found when it looked last."""
+        self.pause, self.left = np.zeros(heads, np.int64), np.zeros(heads, np.int64)
+        self.choice = Choice(np.zeros(heads, bool), None)
+        self.tokens = 0
+        """Tokens that the last step saw."""
+        self.predicted = self.measured = 0.0
+        """Seconds of the last step: as planned, and as it was."""
+
+    def plan(self, step: Step, rates: Rates, target: float | None, most: int | None) -> Choice:
+        """What the next step does. target: seconds it may take; most: keys a head may find in any case."""
+        look = self.left == 0
+        self.left[~look] -= 1
+        if target is not None:
+            least = step.most(target / look.size, rates)
+            most = least if most is None else min(most, least)
+        self.choice = Choice(look, most)
+        found = np.minimum(self.found, math.inf if most is None else most)
+        looked = step.scan(rates) + step.picks(found, rates)
+        self.predicted = float(np.where(look, looked, step.flat(rates)).sum())
+        return self.choice
+
+    def judge(self, found: Heads, step: Step, rates: Rates) -> npt.NDArray[np.bool_]:
+        """Note what the heads that looked found; which of them had better read everything now. [heads that looked]."""
+        look = self.choice.look
+        picks, flat = step.picks(found, rates), step.flat(rates)
+        dear = picks + step.scan(rates) > flat
+        self.found[look] = found
+        self.pause[look] = np.where(dear, np.minimum(LONGEST_PAUSE, 2 * self.pause[look] + 1), 0)
+        self.left[look] = self.pause[look]
+        return np.asarray(picks + step.window / rates.read > flat)

@@ -194,14 +194,14 @@ def _kind(plan: Plan, heads: Heads, session: Session, name: str, std: float) -> 
     dense = _dense(plan, heads, session, std)
     engine.sparse = SparseUse()
     for state in session.layers.values():
-        state.history = History()
+        state.history = History(plan.kv_heads)
     sparse = _times(plan, lambda step: _attend(plan, session, heads.queries(step, std), visible))
     first = _times(plan, lambda step: _attend(plan, session, heads.queries(step, std), prefix))
     engine.sparse = use = SparseUse()
     measured = engine.settings
     engine.settings = measured.replace(measure_mass=True)
     for state in session.layers.values():
-        state.history = History()
+        state.history = History(plan.kv_heads)
     _attend(plan, session, heads.queries(10_000, std), visible)
     engine.settings = measured
     return Kind(name, exact, dense, sparse, use.as_dict(), first)

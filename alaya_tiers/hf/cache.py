@@ -22,6 +22,7 @@ from alaya_tiers.cache import Session
 from alaya_tiers.config import Settings
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import AlayaError, ConfigError, InputError, ModelChanged, SessionClosed
+from alaya_tiers.explain import Explanation
 from alaya_tiers.hf import continuing
 from alaya_tiers.hf.layer import AlayaLayer
 from alaya_tiers.hf.switch import Switched
@@ -124,6 +125,10 @@ class AlayaCache(DynamicCache):
     def build_index(self, say: Callable[[int, int], None] = lambda done, all_of_them: None) -> None:
         """See Session.build_index."""
         self.session.build_index(say)
+
+    def explain(self) -> Explanation:
+        """See Session.explain."""
+        return self.session.explain()
 
     def close(self) -> None:
         """Free all memory and files, also those of forks. Using the cache afterwards raises SessionClosed."""
