@@ -37,13 +37,17 @@ class Partitions:
         self._working = self._closing = False
         self._making = threading.Lock()  # one block at a time: no block is coded twice
         self._thread: threading.Thread | None = None
-        self.full = False
-        """Whether codes found no room."""
+        self._wanted = 0
         self.failure: Exception | None = None
         """Why the last block that has no codes has none; it is attended exactly."""
         self.seconds = 0.0
         """Time it took to make codes."""
         self._local = threading.local()
+
+    @property
+    def full(self) -> bool:
+        """Whether codes found no room, and there still is none."""
+        return self._wanted > 0 and self._arena is not None and self._arena.free < self._wanted
 
     @property
     def scratch(self) -> Scratch:
@@ -90,7 +94,10 @@ class Partitions:
                 return bool((book.code[ids] >= 0).all())
             shape = mover.shapes[int(book.layer[ids[0]])]
             layout = self.layout(shape)
-            if layout.k_dim > MOST_DIMS or (slots := self._room(layout, ids.size)) is None:
+            if layout.k_dim > MOST_DIMS or (self._arena is not None and layout.nbytes > self._arena.slot_bytes):
+                book.coded(ids, UNCODABLE)
+                return False
+            if (slots := self._room(layout, ids.size)) is None:
                 return False
             held = mover.hold()
             book.pin(ids)
@@ -149,15 +156,15 @@ class Partitions:
 
     # ------------------------------------------------------------------ inside
     def _room(self, layout: Layout, n: int) -> npt.NDArray[np.int32] | None:
-        """Slots for codes; None when the budget is used up, or these are larger than those of the first layer."""
+        """Slots for codes; None when the budget is used up."""
         if self._closing:
             return None
         if self._arena is None:
             budget = self._settings.index_budget
             budget = psutil.virtual_memory().total if budget is None else budget
             self._arena = self._mover.codes = Arena("index", budget, layout.nbytes, self._accountant, plain_slab)
-        slots = None if layout.nbytes > self._arena.slot_bytes else self._arena.take(n)
-        self.full |= slots is None
+        slots = self._arena.take(n)
+        self._wanted = n if slots is None else 0
         return slots
 
     def _work(self) -> None:

@@ -162,6 +162,38 @@ def test_a_small_index_budget_leaves_the_rest_exact() -> None:
         assert index.budget == 16 << 10
 
 
+def test_an_index_that_has_room_again_goes_on() -> None:
+    k, v = kv(1000)
+    q = 12 * torch.randn(1, 8, 1, 16)
+    with filled(k, v, index_budget="256KiB") as cache, _quiet():
+        fork = copy.deepcopy(cache)
+        fork.session.crop(16)
+        fork.session.update(0, k, v)
+        wait(cache)
+        partitions = cache.session.engine.partitions
+        assert partitions is not None
+        before = partitions.full
+        cache.session.clear()
+        assert (before, partitions.full) == (True, False)
+        ask(fork.session, q)  # offers what is missing
+        wait(cache)
+        state = fork.session.layers[0]
+        assert partitions.of(state.ids(state.rows[0].first[:60]))[0].all()
+
+
+def test_a_layer_whose_codes_are_larger_than_those_of_the_first_is_exact_and_harms_no_other() -> None:
+    (k, v), (wide_k, wide_v) = kv(1000), kv(1000, dim=64)
+    q, wide_q = 12 * torch.randn(1, 8, 1, 16), 12 * torch.randn(1, 8, 1, 64)
+    with filled(k, v) as cache:
+        cache.session.update(1, wide_k, wide_v)
+        cache.session.update(2, k, v)
+        wait(cache)
+        for layer, query, pair in ((1, wide_q, (wide_k, wide_v)), (2, q, (k, v))):
+            got = cache.session.attention(layer, query, [Visible.all(1000, 1)], 0.25)
+            assert float((got - truth(*pair, query)).norm() / truth(*pair, query).norm()) < 0.02
+        assert (used(cache).steps, used(cache).exact) == (8, 8)
+
+
 def test_an_index_is_built_block_by_block_whatever_interrupts_it() -> None:
     k, v = kv(1000)
     q = 12 * torch.randn(1, 8, 1, 16)
