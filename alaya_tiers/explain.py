@@ -17,7 +17,7 @@ class LayerPlan:
     """One layer's last decode step.
 
     tokens: what it saw. heads: kv heads, and of them codes: how many scanned codes; the others read everything.
-    found: keys each head found within reach when it scanned last. most: what a head may find at most, None = any number.
+    found: keys each head found within reach when it scanned last. most: what a head may find at most; None: any number.
     predicted, measured: seconds.
     """
 

@@ -83,8 +83,10 @@ class Shape:
         )
 
 
-def build_model(shape: Shape, positions: int) -> LlamaForCausalLM:
+def build_model(shape: Shape, positions: int, sharpness: float = 3.0) -> LlamaForCausalLM:
     """Random weights, the same for the same shape. Queries are made long enough for attention to be peaked.
+
+    sharpness: standard deviation of the scores against unit normal keys.
 
     With plain random weights every output would be the mean of all values, and a cache that loses blocks would pass.
     """
@@ -92,8 +94,8 @@ def build_model(shape: Shape, positions: int) -> LlamaForCausalLM:
         torch.manual_seed(0)
         model: Any = LlamaForCausalLM(shape.config(positions))
         model.to(DTYPES[shape.dtype])
-    for layer in model.model.layers:  # scores against unit normal keys get a standard deviation of 3
-        layer.self_attn.q_proj.weight.data.mul_(3.0 / (0.02 * shape.hidden**0.5))
+    for layer in model.model.layers:
+        layer.self_attn.q_proj.weight.data.mul_(sharpness / (0.02 * shape.hidden**0.5))
     return cast(LlamaForCausalLM, model.train(False).requires_grad_(False))
 
 
@@ -180,6 +182,7 @@ class Case:
     tokens: int
     room: int
     directory: Path
+    sharpness: float = 3.0
 
     @property
     def kv_bytes(self) -> int:
@@ -228,28 +231,34 @@ class Competitor:
         try:
             model.set_attn_implementation(self.attention)
             context.fill(cache, case.tokens, whole=self.whole)
+            if isinstance(cache, AlayaCache):
+                cache.build_index()
             yield cache
         finally:
             if isinstance(cache, AlayaCache):
                 cache.close()
 
 
-def _in_ram(case: Case) -> Cache:
+def _in_ram(case: Case, **settings: Any) -> Cache:
     device = -(-case.room // BLOCK_TOKENS) * case.run_bytes
-    return AlayaCache(config=case.config, device_budget=device, host_budget=device, block_tokens=BLOCK_TOKENS)
+    return AlayaCache(
+        config=case.config, device_budget=device, host_budget=device, block_tokens=BLOCK_TOKENS, **settings
+    )
 
 
-def _on_ssd(case: Case) -> Cache:
+def _on_ssd(case: Case, **settings: Any) -> Cache:
     return AlayaCache(
         config=case.config,
         device_budget=case.device_bytes,
         host_budget=case.host_bytes,
         block_tokens=BLOCK_TOKENS,
-        path=str(case.directory / f"store-{case.tokens}"),
+        path=str(case.directory / f"store-{case.tokens}-{settings.get('mode')}"),
+        **settings,
     )
 
 
 REFERENCE, IN_PLACE, RAM, SSD = "DynamicCache + sdpa", "in place + sdpa", "alaya, RAM", "alaya, SSD"
+_SPARSE: dict[str, Any] = {"mode": "sparse", "index_budget": None}
 
 COMPETITORS = (
     Competitor(REFERENCE, "sdpa", lambda c: DynamicCache(config=c.config), lambda c: c.dense_bytes(3), whole=True),
@@ -257,6 +266,17 @@ COMPETITORS = (
     Competitor(RAM, "alaya", _in_ram, lambda c: c.dense_bytes(0) + c.run_bytes),
     Competitor(SSD, "alaya", _on_ssd, lambda c: c.host_bytes + c.device_bytes, ssd=True),
 )
+
+SPARSE = (
+    Competitor(
+        f"{RAM}, sparse", "alaya", lambda c: _in_ram(c, **_SPARSE), lambda c: c.dense_bytes(0) * 4 // 3 + c.run_bytes
+    ),
+    Competitor(
+        f"{SSD}, sparse", "alaya", lambda c: _on_ssd(c, **_SPARSE),
+        lambda c: c.host_bytes + c.device_bytes + c.dense_bytes(0) // 3, ssd=True,
+    ),
+)  # fmt: skip
+"""Caches that attend to what matters only: their logits differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -333,7 +353,7 @@ def measure(
         times, result.logits, seen = decode(model, cache, pace, facts)
         result.warm_up, result.steps = times[0], times[1:]
         if isinstance(cache, AlayaCache) and not competitor.ssd:
-            result.attention = attention_only(cache.session, case.shape, pace)
+            result.attention = attention_only(cache.session, case, pace)
     result.peak_rss = machine.peak_rss()
     if disk is not None and limit is not None:
         limit = limit.merged(machine.disk_bandwidth(disk, disk.nbytes))
@@ -362,10 +382,10 @@ def decode(
     return times, torch.stack(logits), seen + [fact() for fact in facts]
 
 
-def attention_only(session: Session, shape: Shape, pace: Pace) -> list[float]:
+def attention_only(session: Session, case: Case, pace: Pace) -> list[float]:
     """Seconds of one attention in every layer, several times: what is left of a step without the model."""
-    generator = torch.Generator().manual_seed(2)
-    q = 3 * torch.randn(shape.layers, 1, shape.heads, 1, shape.head_dim, generator=generator)
+    generator, shape = torch.Generator().manual_seed(2), case.shape
+    q = case.sharpness * torch.randn(shape.layers, 1, shape.heads, 1, shape.head_dim, generator=generator)
     q = q.to(DTYPES[shape.dtype])
     visible, scale = [Visible.all(session.length(), 1)], shape.head_dim**-0.5
     times: list[float] = []

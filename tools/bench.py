@@ -34,7 +34,7 @@ from alaya_tiers.tools.baselines import (
     IN_PLACE,
     RAM,
     REFERENCE,
-    SSD,
+    SPARSE,
     Case,
     Competitor,
     Context,
@@ -74,10 +74,14 @@ class Bench:
     directory: str | None = None
     memory_bytes: int = 1 << 30
     disk_bytes: int = 1 << 30
+    sparse: bool = False
+    sharpness: float = 3.0
 
     def __post_init__(self) -> None:
         if not self.contexts or min(*self.contexts, self.pace.steps, self.pace.least) < 1:
             raise ConfigError("context lengths and steps must be positive")
+        if not 0 < self.sharpness < 100:
+            raise ConfigError(f"sharpness is a standard deviation of scores, above 0, not {self.sharpness}")
 
     @property
     def room(self) -> int:
@@ -87,7 +91,12 @@ class Bench:
     @property
     def rounds(self) -> int:
         """How often ``run`` says something."""
-        return 1 + len(self.contexts) * len(COMPETITORS)
+        return 1 + len(self.contexts) * len(self.competitors)
+
+    @property
+    def competitors(self) -> tuple[Competitor, ...]:
+        """Whom to compare."""
+        return COMPETITORS + (SPARSE if self.sparse else ())
 
 
 @dataclass(slots=True)
@@ -169,11 +178,12 @@ class Report:
 
 
 @torch.no_grad()
-def run(bench: Bench, say: Say = lambda text: None, competitors: Sequence[Competitor] = COMPETITORS) -> Report:
+def run(bench: Bench, say: Say = lambda text: None, competitors: Sequence[Competitor] = ()) -> Report:
     """Measure everything. say: told what comes next. Raises ConfigError, StoreError, OSError."""
+    competitors = competitors or bench.competitors
     say("memory, disk and model alone")
     began, memory = CpuUse.now(), _memory(bench)
-    model, context = build_model(bench.shape, bench.room), Context(bench.shape)
+    model, context = build_model(bench.shape, bench.room, bench.sharpness), Context(bench.shape)
     alone, _, _ = decode(model, DynamicCache(config=model.config), bench.pace)
     report = Report(bench, machine.describe(), memory, sum(p.nbytes for p in model.parameters()), alone[1:])
     with ExitStack() as stack:
@@ -183,7 +193,7 @@ def run(bench: Bench, say: Say = lambda text: None, competitors: Sequence[Compet
         if any(c.ssd for c in competitors):
             disk = stack.enter_context(machine.disk_file(directory, bench.disk_bytes))
         for tokens in bench.contexts:
-            case = Case(bench.shape, model.config, tokens, tokens + bench.pace.steps + 1, directory)
+            case = Case(bench.shape, model.config, tokens, tokens + bench.pace.steps + 1, directory, bench.sharpness)
             row = Row(tokens, case.kv_bytes)
             report.rows.append(row)
             for competitor in competitors:
@@ -246,20 +256,20 @@ def _row_table(report: Report, row: Row) -> Table:
         table.add_row(m.name, *ms, str(len(m.steps)), *shown, format_bytes(m.peak_rss), f"{m.differs:.0e}")
         if m.attention:
             ms = (f"{t * 1e3:.1f}" for t in (min(m.attention), statistics.median(m.attention)))
-            share = f"{report.attention_share(row):.2f}"
+            share = f"{limit / min(m.attention):.2f}"
             table.add_row("  its attention alone", *ms, "", str(len(m.attention)), "", "", share)
     notes = [f"{m.name} skipped: {m.skipped}" for m in row.measured if m.skipped is not None]
-    notes += [_ssd_text(m.ssd) for m in row.measured if m.ssd is not None]
+    notes += [_ssd_text(m.name, m.ssd) for m in row.measured if m.ssd is not None]
     table.caption, table.caption_justify = "\n".join(notes) or None, "left"
     return table
 
 
-def _ssd_text(s: dict[str, Any]) -> str:
+def _ssd_text(name: str, s: dict[str, Any]) -> str:
     budgets = f"host {format_bytes(s['host_budget'])} + device {format_bytes(s['device_budget'])}"
     reads = f"{format_bytes(s['read_bytes'])} ({format_bytes(s['least_read_bytes'])} fit no budget)"
     disk = f"{s['disk']['bytes_per_second'] / 1e6:.0f} ({s['disk']['method']})"
     return (
-        f"{SSD}: {budgets}; a token reads {reads} at {s['bytes_per_second'] / 1e6:.0f} MB/s of the disk's {disk}: "
+        f"{name}: {budgets}; a token reads {reads} at {s['bytes_per_second'] / 1e6:.0f} MB/s of the disk's {disk}: "
         f"{s['disk_share']:.2f}; hit rate {s['hit_rate']:.2f}, IO hidden {s['io_hidden']:.2f}, waited "
         f"{s['waited_seconds'] * 1e3:.0f} ms; {'O_DIRECT' if s['direct_io'] else 'through the page cache'}"
     )
@@ -283,7 +293,7 @@ def plot(report: Report, path: Path) -> None:
     """Milliseconds a token over context length, as a picture. Needs matplotlib."""
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots()
-    for name in (c.name for c in COMPETITORS):
+    for name in (c.name for c in report.bench.competitors):
         points = [(row.tokens, m.median * 1e3) for row in report.rows if (m := row.of(name)) is not None]
         axes.loglog([x for x, _ in points], [y for _, y in points], marker="o", label=name)
     limits = [report.limit(row) * 1e3 for row in report.rows]
@@ -310,6 +320,8 @@ def decode_command(
     directory: Annotated[str | None, typer.Option("--dir", help="A directory on the disk to measure.")] = None,
     json_file: Annotated[str | None, typer.Option("--json", help="Write all numbers to a file; - is stdout.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG; needs matplotlib.")] = None,
+    sparse: Annotated[bool, typer.Option("--sparse", help="Also sparse attention: its logits differ.")] = False,
+    sharpness: Annotated[float, typer.Option(help="Standard deviation of scores; 6 is a sharp head.")] = 3.0,
     quick: Annotated[bool, typer.Option(help="Two steps each: shows that it runs, measures nothing.")] = False,
 ) -> None:
     """Exact decode against DynamicCache, and against what memory and disk allow."""
@@ -322,6 +334,8 @@ def decode_command(
             contexts=parse_contexts(contexts),
             pace=Pace(min(steps, 2), min(steps, 2), 0.0) if quick else Pace(steps, min(steps, 5)),
             directory=directory,
+            sparse=sparse,
+            sharpness=sharpness,
             **({"memory_bytes": 8 << 20, "disk_bytes": 8 << 20} if quick else {}),
         )
         with _progress(errors, bench.rounds) as say:
