@@ -47,6 +47,8 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
         [number] + [pointer] * 3 + [number] * 4 + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 2
     )
     library.alaya_scan.argtypes = [number] + [pointer] * 5 + [number] * 8 + [ctypes.c_float] * 4 + [pointer] * 6
+    library.alaya_walk.argtypes = [pointer] * 6 + [number] * 8 + [ctypes.c_float] + [pointer] * 3
+    library.alaya_walk.restype = number
     library.alaya_copy_blocks.argtypes = [number, pointer, pointer, pointer, number]
     library.alaya_copy_blocks.restype = None
     library.alaya_write_rows.argtypes = [number, pointer, pointer, pointer, *[number] * 8]
@@ -140,6 +142,34 @@ def scan(
     )  # fmt: skip
     if failed:
         raise MemoryError("no memory for the hits of a scan")
+
+
+def walk(
+    keys: npt.NDArray[np.float32],
+    neighbours: npt.NDArray[np.int32],
+    queries: Tensor,
+    ranges: npt.NDArray[np.int64],
+    entries: npt.NDArray[np.int32],
+    seed: Tensor,
+    beam: int,
+    fan: int,
+    beta: float,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], int]:
+    """index.graph.Graph.walk on contiguous arguments: keys found, their scores [found, rows], keys scored.
+
+    Raises MemoryError.
+    """
+    (n, dim), rows = keys.shape, queries.shape[0]
+    found, scores = np.empty(n, np.int32), np.empty((n, rows), np.float32)  # touched as far as something is found
+    scored = ctypes.c_int64()
+    count: int = _library().alaya_walk(
+        _address(keys), _address(neighbours), queries.data_ptr(), _address(ranges), _address(entries), seed.data_ptr(),
+        n, dim, neighbours.shape[1], rows, len(ranges), len(entries), beam, fan, beta,
+        _address(found), _address(scores), ctypes.byref(scored),
+    )  # fmt: skip
+    if count < 0:
+        raise MemoryError("no memory for the keys a walk has seen")
+    return found[:count], scores[:count], scored.value
 
 
 def copy(

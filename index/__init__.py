@@ -3,5 +3,6 @@
 from alaya_tiers.index.base import Found, Index
 from alaya_tiers.index.codes import Codes
 from alaya_tiers.index.flat import Flat
+from alaya_tiers.index.graph import Graph
 
-__all__ = ["Codes", "Flat", "Found", "Index"]
+__all__ = ["Codes", "Flat", "Found", "Graph", "Index"]
