@@ -222,23 +222,22 @@ static void round_queries(scan *f)
     for (int64_t hr = 0; hr < f->heads * f->rows; hr++) {
         const float *q = f->q + hr * f->dims;
         float most = 0, norm = 0, lost = 0;
-        for (int64_t d = 0; d < f->dims; d++) {
-            most = fabsf(q[d]) > most ? fabsf(q[d]) : most;
-            norm += q[d] * q[d];
-        }
-        float unit = most / (float)largest;
+        for (int64_t d = 0; d < f->dims; d++) most = fabsf(q[d]) > most ? fabsf(q[d]) : most;
+        const float whole = most > 0 ? most : 1; /* squares are of shares of it: others would vanish for small queries */
+        float unit = most > 1e-33f ? most / (float)largest : 0;
         int8_t *high = f->q8 + hr * 2 * f->dims, *low = high + f->dims;
         f->q_sum[hr] = 0;
         for (int64_t d = 0; d < f->dims; d++) {
             int x = (int)(unit > 0 ? lrintf(q[d] / unit) : 0), h = f->parts == 1 ? x : (x + 64) >> 7;
-            float e = q[d] - unit * (float)x;
+            float e = (q[d] - unit * (float)x) / whole;
             high[d] = (int8_t)h, low[d] = (int8_t)(x - 128 * h);
             f->q_sum[hr] += x;
+            norm += q[d] / whole * (q[d] / whole);
             lost += e * e;
         }
         f->q_unit[hr] = unit;
-        f->q_norm[hr] = sqrtf(norm) * 1.00001f;
-        f->q_error[hr] = sqrtf(lost) * f->sure * 1.00001f;
+        f->q_norm[hr] = whole * sqrtf(norm) * 1.00001f;
+        f->q_error[hr] = whole * sqrtf(lost) * f->sure * 1.00001f;
     }
 }
 

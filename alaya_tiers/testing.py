@@ -3,7 +3,8 @@
     VirtualLoop      an event loop whose time jumps to the next timer and whose ready queue is served in a seeded order
     SimExecutor      threads that are timers: work runs, and reports, some virtual time after it was asked for
     SimDisk          files in memory, with faults planned by operation and number
-    ...Tests         what every memory tier, eviction policy and index must do; subclass with a way to make one
+    ...Tests         what every memory tier and eviction policy must do; subclass with a way to make one (indexes:
+                     testing_index.py)
 
 Needs no test framework; the classes work under pytest.
 """
@@ -21,11 +22,9 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 import xxhash
 
 from alaya_tiers.blocks import PAGE
-from alaya_tiers.index import Index
 from alaya_tiers.policies import EvictionPolicy, EvictionView
 from alaya_tiers.tiers.base import Accountant, MemoryTier
 
@@ -393,28 +392,3 @@ class EvictionPolicyTests:
                 assert (policy.victims(view, size)[:n] == victims).all(), "whom it needs first depends on how many"
             after = (view.ids, view.layer, view.start, view.used)
             assert all((a == b).all() for a, b in zip(before, after, strict=True)), "the view was changed"
-
-
-class IndexTests:
-    """What every exact index does. A subclass says how to make one of keys [tokens, dim]."""
-
-    def make(self, keys: torch.Tensor) -> Index:
-        raise NotImplementedError
-
-    def test_it_finds_what_brute_force_finds(self) -> None:
-        make = torch.Generator().manual_seed(0)
-        tables = [torch.randn(n, 8, generator=make) for n in (1, 2, 17, 300)] + [torch.ones(9, 8), torch.zeros(0, 8)]
-        for keys in tables:
-            index = self.make(keys)
-            for rows in (1, 4):
-                queries = torch.randn(rows, 8, generator=make)
-                for beta in (0.0, 0.5, 3.0, 1e30, float("inf")):
-                    found = index.in_range(queries, beta)
-                    assert found.tokens.tolist() == self._expected(keys, queries, beta)
-                    assert found.scores.shape == (rows, len(found.tokens))
-                    assert not found.scores.isnan().any()
-                    torch.testing.assert_close(found.scores, queries @ keys[found.tokens].T)
-
-    def _expected(self, keys: torch.Tensor, queries: torch.Tensor, beta: float) -> list[int]:
-        scores = (queries @ keys.T).tolist()
-        return [t for t in range(len(keys)) if any(row[t] >= max(row) - beta for row in scores)]

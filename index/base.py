@@ -4,6 +4,8 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from alaya_tiers.errors import InputError
+
 
 class Found(NamedTuple):
     """The answer to a range query.
@@ -25,3 +27,11 @@ class Index(Protocol):
         Source: AlayaDB (arXiv 2504.10326), definition 3.
         """
         ...
+
+
+def check_query(queries: Tensor, beta: float, dim: int) -> None:
+    """Raises InputError for what no index can answer."""
+    if not beta >= 0:
+        raise InputError(f"beta is a distance below the best score and cannot be negative: {beta}")
+    if queries.ndim != 2 or queries.shape[1] != dim:
+        raise InputError(f"queries of keys with {dim} numbers are [queries, {dim}], not {list(queries.shape)}")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from alaya_tiers import kernel
 from alaya_tiers.errors import InputError
-from alaya_tiers.index.base import Found
+from alaya_tiers.index.base import Found, check_query
 
 LANES, HEAD = 64, 4
 """As in scan.c: tokens coded together, floats in front of a block's codes."""
@@ -237,8 +237,7 @@ class Codes:
         return sum(self.layout.nbytes for coded in self._coded if coded is not None)
 
     def in_range(self, queries: Tensor, beta: float) -> Found:
-        if beta < 0:
-            raise InputError(f"beta is a distance below the best score and cannot be negative: {beta}")
+        check_query(queries, beta, self.keys.shape[1])
         exact = [i for i, coded in enumerate(self._coded) if coded is None]
         size, tokens = self.layout.tokens, self.keys.shape[0]
         wanted: list[npt.NDArray[np.int64]] = [np.arange(i * size, min(tokens, (i + 1) * size)) for i in exact]

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from alaya_tiers.errors import InputError
-from alaya_tiers.index.base import Found
+from alaya_tiers.index.base import Found, check_query
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -15,8 +14,7 @@ class Flat:
     keys: Tensor
 
     def in_range(self, queries: Tensor, beta: float) -> Found:
-        if beta < 0:
-            raise InputError(f"beta is a distance below the best score and cannot be negative: {beta}")
+        check_query(queries, beta, self.keys.shape[1])
         scores = queries.float() @ self.keys.float().T
         if not self.keys.shape[0]:
             return Found(scores.new_empty(0).long(), scores)

@@ -1,12 +1,12 @@
 """Graph: DIPR by walking from key to key (DIPRS). Approximate: what no walk comes by is not found.
 
-Keys are linked to near ones by hnswlib, in inner product space and *centred*: taking the mean off shifts all scores of a
-query alike, so it changes no answer, but the graph of centred keys is walked with far better recall. Only the bottom
+Keys are linked to near ones by hnswlib, in inner product space and *centred*: taking the mean off shifts all scores
+of a query alike, so it changes no answer, but the graph of centred keys is walked with better recall. Only the bottom
 layer is kept, as plain arrays that are checked before anything walks over them; no file of hnswlib's is ever read.
 
 The walk has two phases. A beam of the best keys seen is expanded, best first, without pruning; then everything within
-beta of the best is, until nothing near is left. Only the second knows the seed (the best score of keys that are attended
-anyway, the window's): in the literal algorithm a large seed prunes every stepping stone on the way to the answer.
+beta of the best is, until nothing near is left. Only the second knows the seed (the best score of keys that are
+attended anyway, the window's): in the literal algorithm a large seed prunes the stepping stones on the way.
 
 Sources: DIPRS, the seed, the filter: AlayaDB (arXiv 2504.10326), 6.1.3 and 7.1; two hops with a bound through keys that
 are not asked for: ACORN (arXiv 2403.04871); HNSW: arXiv 1603.09320.
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from alaya_tiers import kernel
 from alaya_tiers.errors import InputError
-from alaya_tiers.index.base import Found
+from alaya_tiers.index.base import Found, check_query
 from alaya_tiers.index.codes import MOST_ROWS, boundable
 
 SPREAD = 16
@@ -149,10 +149,9 @@ class Graph:
         """
         n, dim = self.keys.shape
         q = queries.detach().to("cpu", torch.float32).contiguous()
-        if not beta >= 0:
-            raise InputError(f"beta is a distance below the best score and cannot be negative: {beta}")
-        if q.ndim != 2 or q.shape[1] != dim or len(q) > MOST_ROWS or not boundable(q):
-            raise InputError(f"at most {MOST_ROWS} finite queries of {dim} numbers can walk, not {list(q.shape)}")
+        check_query(q, beta, dim)
+        if len(q) > MOST_ROWS or not boundable(q):
+            raise InputError(f"at most {MOST_ROWS} queries can walk, all finite and below 1e15")
         bar = torch.full((len(q),), -torch.inf) if seed is None else seed.detach().to("cpu", torch.float32).contiguous()
         if bar.shape != (len(q),) or bool(bar.isnan().any()):
             raise InputError(f"a seed is a score for each of {len(q)} queries, not {list(bar.shape)}")

@@ -1,9 +1,13 @@
 """What every test gets: two torch threads, a fixed seed, and a check that it left no file and no thread behind."""
 
+import ctypes
 import faulthandler
 import gc
 import os
 import random
+import shutil
+import subprocess
+import sysconfig
 import threading
 import time
 import warnings
@@ -17,7 +21,7 @@ import torch
 import zarr.core.sync
 from hypothesis import settings
 
-from alaya_tiers import GatheredWarning
+from alaya_tiers import GatheredWarning, kernel
 from tests.tiny import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +76,28 @@ def implementation(request: pytest.FixtureRequest, model: Any) -> Iterator[str]:
             warnings.simplefilter("ignore", GatheredWarning)
         yield request.param
     model.set_attn_implementation("sdpa")
+
+
+@pytest.fixture(params=[16, 8, 4])
+def instructions(
+    request: pytest.FixtureRequest,
+    root: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> int:
+    """The kernel with vectors of so many floats at most: what other machines run."""
+    if request.param < 16:
+        compiler = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) or shutil.which("cc")
+        if compiler is None:
+            pytest.skip("no C compiler")
+        built = Path(str(tmp_path_factory.getbasetemp())) / f"kernel{request.param}.so"
+        if not built.exists():
+            sources = [str(root / "alaya_tiers" / name) for name in ("attend.c", "graph.c", "scan.c")]
+            flags = ["-std=gnu11", "-O1", "-fPIC", "-shared", "-pthread", f"-DALAYA_MOST={request.param}"]
+            subprocess.run([compiler, *flags, *sources, "-o", str(built), "-lm"], check=True)
+        library = kernel._typed(ctypes.CDLL(str(built)))
+        monkeypatch.setattr(kernel, "_library", lambda: library)
+    return int(request.param)
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,7 @@
 """Indexes: what brute force finds, on any keys; what a scan of codes leaves out is estimated."""
 
-import ctypes
 import math
 import random
-import shutil
-import subprocess
-import sysconfig
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,52 +10,40 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alaya_tiers import kernel
 from alaya_tiers.attention import attend_lists, attend_naive
 from alaya_tiers.errors import InputError
 from alaya_tiers.index import Codes, Flat, Index
 from alaya_tiers.index.codes import Layout, Reach, Scan, Scratch, encode, scan
-from alaya_tiers.testing import IndexTests
+from alaya_tiers.testing_index import KEYS, ApproximateIndexTests, CompleteIndexTests, hard_keys
 
 
-class TestFlat(IndexTests):
+class TestFlat(CompleteIndexTests):
     def make(self, keys: Tensor) -> Index:
         return Flat(keys)
 
 
-class TestCodes8(IndexTests):
+class TestCodes8(CompleteIndexTests):
     def make(self, keys: Tensor) -> Index:
         return Codes(keys, 8)
 
 
-class TestCodes4(IndexTests):
+class TestCodes4(CompleteIndexTests):
     def make(self, keys: Tensor) -> Index:
         return Codes(keys, 4, block_tokens=16)
 
 
-KEYS = ("normal", "outlier channels", "sinks", "equal", "zero", "tiny", "large", "lines", "not finite")
+class TestCodes8Sure3(ApproximateIndexTests):
+    recall = 0.999
+
+    def make(self, keys: Tensor) -> Index:
+        return Codes(keys, 8, sure=3.0)
 
 
-def hard_keys(kind: str, n: int, dim: int) -> Tensor:
-    """Keys that are hard to code."""
-    k = torch.randn(n, dim)
-    if kind == "outlier channels":
-        k[:, :: max(1, dim // 2)] *= 200
-    elif kind == "sinks":
-        k[: n // 50 + 1] *= 1000
-    elif kind == "equal":
-        k[:] = k[:1]
-    elif kind == "zero":
-        k.zero_()
-    elif kind == "tiny":
-        k *= 1e-38
-    elif kind == "large":
-        k *= 1e12
-    elif kind == "lines":
-        k = torch.randn(n, 1) * torch.randn(1, dim) + 1e-3 * k
-    elif kind == "not finite":
-        k[n // 2, dim // 2] = random.choice([math.inf, -math.inf, math.nan, 1e30])
-    return k
+class TestCodes4Sure3(ApproximateIndexTests):
+    recall = 0.995
+
+    def make(self, keys: Tensor) -> Index:
+        return Codes(keys, 4, sure=3.0)
 
 
 @given(
@@ -114,28 +97,6 @@ class Coded:
     def scores(self, q: Tensor, softcap: float | None = None) -> Tensor:
         s = (q.double() @ self.k.double().mT) * 0.2
         return s if softcap is None else softcap * torch.tanh(s / softcap)
-
-
-@pytest.fixture(params=[16, 8, 4])
-def instructions(
-    request: pytest.FixtureRequest,
-    root: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
-) -> int:
-    """The kernel with vectors of so many floats at most: what other machines run."""
-    if request.param < 16:
-        compiler = shutil.which((sysconfig.get_config_var("CC") or "cc").split()[0]) or shutil.which("cc")
-        if compiler is None:
-            pytest.skip("no C compiler")
-        built = Path(str(tmp_path_factory.getbasetemp())) / f"kernel{request.param}.so"
-        if not built.exists():
-            sources = [str(root / "alaya_tiers" / name) for name in ("attend.c", "graph.c", "scan.c")]
-            flags = ["-std=gnu11", "-O1", "-fPIC", "-shared", "-pthread", f"-DALAYA_MOST={request.param}"]
-            subprocess.run([compiler, *flags, *sources, "-o", str(built), "-lm"], check=True)
-        library = kernel._typed(ctypes.CDLL(str(built)))
-        monkeypatch.setattr(kernel, "_library", lambda: library)
-    return int(request.param)
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
