@@ -55,7 +55,7 @@ KINDS = {
     "sharp": Kind(5.0, 1.0, 0.3, 3.0),
     "topical": Kind(3.5, 0.4, 1.0, 3.5),
     "medium": Kind(2.5, 0.6, 0.6, 4.5),
-    "diffuse": Kind(1.0, 0.3, 0.3, 8.0),
+    "diffuse": Kind(1.5, 0.3, 0.3, 4.0),
 }
 """Kinds of heads, from concentrated to spread out. They share their keys: what differs is what queries look for."""
 
