@@ -114,12 +114,16 @@ class _AdaptiveK:
 
     def _near(self, query: npt.NDArray[np.float32], beta: float) -> npt.NDArray[np.uint64]:
         k, n = self._least, self._index.get_current_count()
+        near: npt.NDArray[np.uint64] = np.empty(0, np.uint64)
         while True:
             k = min(k, n)
             self._index.set_ef(max(self._ef, k))
-            labels, distances = self._index.knn_query(query, k=k, num_threads=1)  # 1 - q.k, ascending
-            if k == n or distances[0, -1] > distances[0, 0] + beta:
-                near: npt.NDArray[np.uint64] = labels[0, distances[0] <= distances[0, 0] + beta]
+            try:
+                labels, distances = self._index.knn_query(query, k=k, num_threads=1)  # 1 - q.k, ascending
+            except RuntimeError:  # it cannot reach as many as k
+                return near
+            near = labels[0, distances[0] <= distances[0, 0] + beta]
+            if k == n or near.size < k:
                 return near
             k *= 2
 

@@ -25,7 +25,7 @@ from alaya_tiers.errors import ConfigError
 CHUNK = 8192
 """Keys that are drawn together."""
 
-SINKS = 4
+SINKS, SINK_LENGTH = 4, 12.0
 TOPICS = 128
 VOCABULARY = 32_768
 PASSAGE = 512
@@ -91,7 +91,7 @@ class Head:
         keys = _rotated(keys, torch.arange(CHUNK) + number * CHUNK)
         keys -= (keys @ self._sink)[:, None] * self._sink
         if number == 0:
-            keys[:SINKS] = self._sink + 0.05 * noise[:SINKS]
+            keys[:SINKS] = SINK_LENGTH * self._sink + 0.3 * noise[:SINKS]
         return keys
 
     def queries(self, kind: Kind, step: int, tokens: int) -> Tensor:
@@ -104,7 +104,7 @@ class Head:
         query = _rotated(about * self._slow + 0.4 * own, torch.full((self.group,), tokens + step))
         query = query / (query @ self._sample.T).std(1, keepdim=True) * (kind.spread * math.sqrt(self.dim))
         wanted = (query @ self._sample.T).mean(1) + kind.sink * kind.spread * math.sqrt(self.dim)
-        return query + (wanted - query @ self._sink)[:, None] * self._sink
+        return query + (wanted / SINK_LENGTH - query @ self._sink)[:, None] * self._sink
 
     @cached_property
     def _tokens(self) -> Tensor:
@@ -132,7 +132,7 @@ class Head:
 
     @cached_property
     def _sink(self) -> Tensor:
-        """The sinks, less noise: of length 1, and at right angles to all other keys."""
+        """Where the sinks lie, at right angles to all other keys."""
         return functional.normalize(torch.randn(self.dim, generator=self._random(7)), dim=0)
 
     @cached_property
