@@ -151,52 +151,66 @@ class TestWhatTheCallerKnows:
             graph.walk(torch.ones(65, 64), 1.0)
 
 
+@pytest.mark.parametrize("ranges", [[[0, 800]], [[0, 160]], [[3, 90], [90, 200], [500, 500], [701, 799]]])
 @pytest.mark.parametrize("dim", [1, 7, 16, 37])
-def test_every_instruction_set_walks_the_same_way(instructions: int, dim: int) -> None:
+def test_every_instruction_set_walks_the_same_way(instructions: int, dim: int, ranges: list[list[int]]) -> None:
     keys, q = torch.randint(-8, 8, (800, dim)).float(), torch.randint(-8, 8, (6, dim)).float()  # exact in any order
-    neighbours = np.array([[(7 * i + 13 * j + 1) % 800 for j in range(8)] for i in range(800)], np.int32)
-    neighbours[neighbours == np.arange(800)[:, None]] = 0
-    neighbours[0] = [1, 2, 3, 4, 5, 6, 7, 8]
-    graph = Graph(keys.numpy(), neighbours, np.array([0], np.int32), beam=20)
-    found, scored = graph.walk(q, 5.0)
+    neighbours = np.random.default_rng(0).integers(0, 800, (800, 8)).astype(np.int32)
+    neighbours[neighbours == np.arange(800)[:, None]] = -1
+    neighbours = -np.sort(-neighbours, 1)
+    graph = Graph(keys.numpy(), neighbours, np.array([0], np.int32), beam=5)
+    found, scored = graph.walk(q, 5.0, ranges=np.array(ranges))
     torch.testing.assert_close(found.scores, q @ keys[found.tokens].T, rtol=0, atol=0)
-    assert found.tokens.tolist() == walked(graph, q, 5.0)[0]
-    assert scored == walked(graph, q, 5.0)[1]
+    assert (found.tokens.tolist(), scored) == walked(graph, q, 5.0, ranges)
 
 
-def walked(graph: Graph, q: Tensor, beta: float) -> tuple[list[int], int]:
-    """The walk in plain Python: a beam for each query in turn, then all that is near."""
+def walked(graph: Graph, q: Tensor, beta: float, ranges: list[list[int]]) -> tuple[list[int], int]:
+    """The walk in plain Python: a beam for each query in turn, then all that is near. Found, and how many scored."""
     scores = (q @ torch.from_numpy(graph.keys).T).numpy()
-    n, seen, expanded = len(graph.keys), [], set()
+    asked = [key for low, high in ranges for key in range(low, high)]
+    listed: list[int] = []
+    seen: set[int] = set()
+    expanded: set[int] = set()
     beams: list[list[int]] = [[] for _ in q]
 
-    def take(keys: list[int], seat: bool) -> None:
-        for key in keys:
-            if key in seen:
-                continue
-            seen.append(key)
-            for r, beam in enumerate(beams if seat else []):
+    def near(key: int) -> list[int]:
+        return [int(k) for k in graph.neighbours[key] if k >= 0]
+
+    def take(fresh: list[int], seat: bool) -> None:
+        listed.extend(fresh)
+        for key in fresh if seat else []:
+            for row, beam in zip(scores, beams, strict=True):
                 beam.append(key)
-                beam.sort(key=lambda k, r=r: -scores[r, k])  # type: ignore[misc] # stable, as the kernel's is
+                beam.sort(key=lambda k, row=row: -row[k])  # type: ignore[misc] # stable: of equals the first stays
                 del beam[graph.beam :]
 
     def expand(key: int, seat: bool) -> None:
         expanded.add(key)
-        take([k for k in graph.neighbours[key].tolist() if k >= 0], seat)
+        fresh: list[int] = []
+        for k in near(key):
+            if k in asked:
+                fresh += [k] if k not in seen else []
+                seen.add(k)
+            elif len(fresh) < 2 * graph.neighbours.shape[1] and k not in seen:
+                seen.add(k)
+                for behind in near(k):
+                    fresh += [behind] if behind in asked and behind not in seen else []
+                    seen.update([behind] if behind in asked else [])
+        take(fresh, seat)
 
-    take([*graph.entries.tolist(), *sorted({i * n // 16 for i in range(16)})], True)
+    starts = [*graph.entries.tolist(), *(asked[i * len(asked) // 16] for i in range(16))]
+    fresh = [key for key in dict.fromkeys(starts) if key in asked]
+    seen.update(fresh)
+    take(fresh, True)
     while any(set(beam) - expanded for beam in beams):
         for beam in beams:
             if waiting := [key for key in beam if key not in expanded]:
                 expand(waiting[0], True)
-    i = 0
-    while i < len(seen):
-        near = scores[:, seen[i]] >= scores[:, seen].max(1) - beta
-        if near.any() and seen[i] not in expanded:
-            expand(seen[i], False)
-        i += 1
-    bar = scores[:, seen].max(1) - beta
-    return sorted(key for key in seen if (scores[:, key] >= bar).any()), len(seen)
+    for key in listed:  # grows on the way
+        if key not in expanded and (scores[:, key] >= scores[:, listed].max(1) - beta).any():
+            expand(key, False)
+    bar = scores[:, listed].max(1) - beta
+    return sorted(key for key in listed if (scores[:, key] >= bar).any()), len(listed)
 
 
 class TestArrays:

@@ -309,12 +309,14 @@ def plot(found: Found, path: Path) -> None:
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
     kinds, contexts = found.plan.kinds, list(found.rows)
     size = (4.2 * len(kinds), 3.4 * len(contexts))
-    figure, grid = pyplot.subplots(len(contexts), len(kinds), squeeze=False, sharey=True, figsize=size)
+    figure, grid = pyplot.subplots(len(contexts), len(kinds), squeeze=False, sharex=True, sharey=True, figsize=size)
     for axes, (tokens, kind) in zip(grid.flat, [(t, k) for t in contexts for k in kinds], strict=True):
         for name in dict.fromkeys(row.contender for row in found.rows[tokens]):
             mine = [row.of(kind) for row in found.rows[tokens] if row.contender == name]
             points = np.array(sorted((a.seconds * 1e3, a.recall) for a in mine))
             axes.semilogx(points[:, 0], points[:, 1], marker="o", label=name)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("")
         axes.axhline(ENOUGH, linestyle=":", color="grey")
         axes.set(title=f"{tokens:,} keys, {kind}", xlabel="ms a query group", ylabel="recall")
     grid.flat[0].legend(fontsize="small")
