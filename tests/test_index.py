@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alaya_tiers.attention import attend_lists, attend_naive
 from alaya_tiers.errors import InputError
-from alaya_tiers.index import Codes, Flat, Index
+from alaya_tiers.index import Coarse, Codes, Flat, Index
 from alaya_tiers.index.codes import Layout, Reach, Scan, Scratch, encode, scan
 from alaya_tiers.testing_index import KEYS, ApproximateIndexTests, CompleteIndexTests, hard_keys
 
@@ -30,6 +30,33 @@ class TestCodes8(CompleteIndexTests):
 class TestCodes4(CompleteIndexTests):
     def make(self, keys: Tensor) -> Index:
         return Codes(keys, 4, block_tokens=16)
+
+
+class TestCoarse(CompleteIndexTests):
+    def make(self, keys: Tensor) -> Coarse:
+        return Coarse(keys, segment=256)
+
+
+class TestCoarseSure5(ApproximateIndexTests):
+    recall = 0.97
+
+    def make(self, keys: Tensor) -> Coarse:
+        return Coarse(keys, sure=5.0)
+
+
+def test_clusters_leave_out_what_is_far_away() -> None:
+    """Keys around a few directions: a sound bound looks at one of them; a deviation or two at less of it."""
+    directions = 20 * torch.nn.functional.normalize(torch.randn(32, 64), dim=1)
+    keys = (directions[:, None] + 0.05 * torch.randn(32, 64, 64)).reshape(-1, 64)
+    index = Coarse(keys, size=64, segment=1024)
+    q = directions[[3]]
+    found = index.in_range(q, 10.0)
+    assert set((found.tokens // 64).tolist()) == {3}
+    assert index.looked_at(q, 10.0) < 0.5 * len(keys)
+    assert Coarse(keys, size=64, segment=1024, sure=1.0).looked_at(q, 10.0) <= index.looked_at(q, 10.0)
+    for wrong in ({"size": 0}, {"segment": 0}, {"sure": 0.0}):
+        with pytest.raises(InputError, match="above 0"):
+            Coarse(keys, **wrong)
 
 
 class TestCodes8Sure3(ApproximateIndexTests):

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alaya_tiers.index import Codes, Flat, Graph, Index
+from alaya_tiers.index import Coarse, Codes, Flat, Graph, Index
 
 Search = Callable[[Tensor, float], Tensor]
 """Queries [group, dim] and beta to positions of keys, int64 [found]."""
@@ -61,6 +61,17 @@ def _codes(bits: int, keys: Tensor, threads: int) -> Built:
     return Built(
         likely.nbytes, {f"codes {bits} bit, sure 3": ours(likely), f"codes {bits} bit, complete": ours(complete)}
     )
+
+
+def _coarse(keys: Tensor, threads: int) -> Built:
+    """Deviations as many as it takes: the keys that matter are the extremes of their clusters."""
+    made = Coarse(keys, sure=None)
+    searches = {"coarse, complete": ours(made)}
+    for sure in (3.0, 4.0, 5.0):
+        likely = copy.copy(made)
+        likely.sure = sure
+        searches[f"coarse, sure {sure:g}"] = ours(likely)
+    return Built(made.nbytes, searches)
 
 
 def _prefix(build: Callable[[Tensor, int], Built], keys: Tensor, visible: int, threads: int) -> Built:
@@ -186,6 +197,7 @@ CONTENDERS: tuple[Contender, ...] = (
     Contender("flat", _flat, partial(_prefix, _flat)),
     Contender("codes8", partial(_codes, 8), partial(_prefix, partial(_codes, 8))),
     Contender("codes4", partial(_codes, 4), partial(_prefix, partial(_codes, 4))),
+    Contender("coarse", _coarse, partial(_prefix, _coarse)),
     Contender("graph", _graph, _graph_prefix),
     Contender("hnswlib", _hnswlib),
     Contender("faiss-flat", _faiss_flat, partial(_prefix, _faiss_flat), "faiss", _FAISS),
