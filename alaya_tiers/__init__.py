@@ -6,11 +6,12 @@ model.generate(**inputs, past_key_values=cache)
 
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, StoreError
-from alaya_tiers.hf import AlayaCache, GatheredWarning, attach, generate
+from alaya_tiers.hf import DB, AlayaCache, GatheredWarning, attach, generate
 from alaya_tiers.sparse import IndexFullWarning
 from alaya_tiers.stats import Stats
 
 __all__ = [
+    "DB",
     "AlayaCache",
     "AlayaError",
     "BudgetTooSmall",

@@ -161,17 +161,27 @@ class Session:
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """All of a layer as tensors k [rows, kv_heads, length, k_dim] and v: what tiers try never to make."""
         self.engine.check_open()
-        state = self.layers[layer]
-        g = state.shape.geometry
-        k = torch.empty(len(state.rows), g.kv_heads, state.length, g.k_dim, dtype=g.dtype)
-        v = torch.empty(len(state.rows), g.kv_heads, state.length, g.v_dim, dtype=g.dtype)
-        everything = Visible.all(state.length, 1)
-        for r, row in enumerate(state.rows):
-            for piece in self._pieces(state, row, everything):
-                for part in tiles(piece, everything) if isinstance(piece, BlockList) else [piece]:
-                    k[r, :, part.positions], v[r, :, part.positions] = part.k.to(k.device), part.v.to(v.device)
+        k, v = self.read(layer, 0, self.layers[layer].length)
         self.gathered += 1
         self.gathered_bytes = max(self.gathered_bytes, k.nbytes + v.nbytes)
+        return k, v
+
+    def read(self, layer: int, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+        """The same of tokens ``lo`` to ``hi``. Raises StoreError."""
+        self.engine.check_open()
+        state = self.layers[layer]
+        g = state.shape.geometry
+        k = torch.empty(len(state.rows), g.kv_heads, hi - lo, g.k_dim, dtype=g.dtype)
+        v = torch.empty(len(state.rows), g.kv_heads, hi - lo, g.v_dim, dtype=g.dtype)
+        wanted = Visible(np.array([lo], np.int32), np.array([hi], np.int32))
+        everything = Visible.all(state.length, 1)
+        for r, row in enumerate(state.rows):
+            for piece in self._pieces(state, row, wanted):
+                for part in tiles(piece, everything) if isinstance(piece, BlockList) else [piece]:
+                    here = (part.positions >= lo) & (part.positions < hi)
+                    some = slice(None) if here.all() else here
+                    at = part.positions[some] - lo
+                    k[r, :, at], v[r, :, at] = part.k[:, some].to(k.device), part.v[:, some].to(v.device)
         return k, v
 
     def flush(self) -> None:

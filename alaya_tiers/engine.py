@@ -204,6 +204,22 @@ class Engine:
         self._wait(mover.flush())
         self._bridge.run(self.store.save_manifest(contexts()))
 
+    def write_out(self, ids: Ids, say: Callable[[int], None] = lambda left: None) -> None:
+        """Write these sealed blocks to disk. say: told how many are left. Raises StoreError."""
+        self._wait(self.mover.write_out(ids, say))
+
+    def publish(self, files: list[int]) -> None:
+        """Write index and metadata of these files of the ssd tier that lack them. Raises StoreError."""
+        self._wait(self.mover.make_public(files))
+
+    def run_all(self, jobs: list[Callable[[], None]]) -> None:
+        """Run jobs of storage side by side, all to their end; raises the first error."""
+        self._wait(self.mover.run_all(jobs))
+
+    def save_groups(self) -> list[str]:
+        """See Store.save_groups."""
+        return self._wait(self.store.save_groups())
+
     # ------------------------------------------------------------------ the read path
     def reading(self, ids: Ids, upcoming: Callable[[], Iterator[Ids]]) -> Iterator[tuple[Columns, Ids]]:
         """The blocks ``ids`` [kv_heads, columns], each readable while the iterator stands on it.

@@ -98,6 +98,22 @@ class Layer:
         other.length, other.rows = self.length, [self._share(row) for row in self.rows]
         return other
 
+    def seal(self) -> None:
+        """Make all blocks final, the last ones with zeros where no token is: what comes next goes on in copies.
+
+        Raises StoreError, BudgetTooSmall; nothing is lost then.
+        """
+        held, book, n = self.engine.hold(), self.engine.mover.ledger, self.length % self.shape.tokens
+        for row in self.rows:
+            if n and not book.sealed[row.first[-1]]:
+                ids = self._open(row, self.length, n)  # a copy, where a fork shares it: it may be longer than we are
+                for block in ids.tolist():
+                    self.rows_of(block)[n:] = 0
+                with self.engine.mover.lock:
+                    book.seal(ids)
+            row.stream = self.engine.new_stream()
+        del held
+
     def clear(self) -> None:
         """Let go of all blocks."""
         self.crop(0)

@@ -109,6 +109,30 @@ class Ledger:
         self._group[first] = len(slots)
         return first
 
+    def adopted(
+        self,
+        layer: int,
+        starts: npt.NDArray[np.int64],
+        files: npt.NDArray[np.int32],
+        offsets: npt.NDArray[np.int64],
+        digests: npt.NDArray[np.uint64],
+    ) -> Ids:
+        """Sealed blocks that are on ssd already, held once; the first ids of their runs, int64 [runs].
+
+        starts, files: [runs]; offsets, digests: [heads, runs].
+        """
+        heads, runs = digests.shape
+        first = self._new_ids(heads * runs)
+        ids = np.arange(first, first + heads * runs)
+        for name, (_, default) in _FIELDS.items():
+            getattr(self, name)[ids] = default
+        self.refs[ids], self.used[ids], self.sealed[ids] = 1, self.tick, True
+        self.layer[ids], self.stream[ids], self.head[ids] = layer, -1, np.tile(np.arange(heads), runs)
+        self.start[ids], self.file[ids] = np.repeat(starts, heads), np.repeat(files, heads)
+        self.offset[ids], self.digest[ids] = offsets.T.ravel(), digests.T.ravel()
+        self._group[ids[::heads]] = heads
+        return ids[::heads]
+
     def seal(self, ids: Ids) -> None:
         """The blocks are full: from here on they never change, and may move."""
         self.sealed[ids] = True

@@ -23,7 +23,7 @@ from torch import Tensor
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, SessionClosed
-from alaya_tiers.ledger import Freed, Ids, Ledger, Slots
+from alaya_tiers.ledger import WRITING, Freed, Ids, Ledger, Slots
 from alaya_tiers.policies import EvictionPolicy, EvictionView, PrefetchPolicy, PrefetchView, WritePolicy, WriteView
 from alaya_tiers.seams import Executor
 from alaya_tiers.tiers.arena import Arena, copy_slots
@@ -84,6 +84,7 @@ class Mover:
         self.publish = publish
         self._executor = executor
         self._changed = asyncio.Event()
+        self._publishing = asyncio.Lock()
         self._waiters = 0
         self._flushing = False
         self._write_error: AlayaError | None = None
@@ -114,7 +115,7 @@ class Mover:
 
     def may_read_ahead(self) -> bool:
         """Whether anything is on ssd that could be read ahead, and nothing is being read ahead now."""
-        return self._reader_ahead is None and self.traffic.written_bytes > 0
+        return self._reader_ahead is None and bool(self.ssd.files)
 
     def try_device(self, n: int) -> Slots | None:
         """``n`` device slots, demoting blocks if needed; None when that needs host room first.
@@ -247,6 +248,24 @@ class Mover:
         finally:
             self._flushing = False
 
+    async def write_out(self, ids: Ids, say: Callable[[int], None] = lambda left: None) -> None:
+        """Write these sealed blocks to disk, wherever they are. say: told how many are left. Raises StoreError."""
+        with self._working():
+            await self._until(partial(self._written_out, ids, say))
+
+    async def make_public(self, numbers: list[int]) -> None:
+        """Index and metadata of these files. Raises StoreError."""
+        with self._working():
+            for number in numbers:
+                await self._make_public(number)
+
+    async def run_all(self, jobs: list[Callable[[], None]]) -> None:
+        """Run jobs on the executor, all to their end; raises the first error."""
+        with self._working():
+            for result in await self._all(jobs):
+                if result is not None:
+                    raise result
+
     def kick_writer(self) -> None:
         """Start writing behind, if there is anything to write. On the loop only."""
         if self._writer is None:
@@ -354,6 +373,16 @@ class Mover:
         if missing.size:
             self.ledger.fetching(missing, slots)
         return missing
+
+    def _written_out(self, ids: Ids, say: Callable[[int], None]) -> bool | None:
+        """True when all blocks are on disk; those in the device tier go down as there is room."""
+        book, batch = self.ledger, max(1, self.host.capacity // 4)
+        waiting = ids[(book.device[ids] >= 0) & (book.pins[ids] == 0)]
+        while waiting.size and self.demote(waiting[:batch]):
+            waiting = waiting[batch:]
+        left = int(np.count_nonzero((book.file[ids] < 0) | (book.busy[ids] == WRITING)))
+        say(left)
+        return None if left else True
 
     def _settled(self, ids: Ids) -> bool | None:
         """True when none of the blocks is on its way."""
@@ -474,14 +503,17 @@ class Mover:
 
     async def _make_public(self, number: int) -> None:
         file = self.ssd.files[number]
-        written = file.written
-        try:
-            await self.publish(number)
-        except AlayaError:
-            if file.live:
-                raise
-            return  # all its blocks died meanwhile and it was removed
-        file.published = file.written == written
+        async with self._publishing:
+            if file.kept or file.published:
+                return
+            written = file.written
+            try:
+                await self.publish(number)
+            except AlayaError:
+                if file.live:
+                    raise
+                return  # all its blocks died meanwhile and it was removed
+            file.published = file.written == written
 
     def _places(self, ids: Ids) -> list[tuple[int, int]]:
         book = self.ledger

@@ -7,9 +7,12 @@ runs in one thread, on a virtual clock, over a simulated disk, the same way ever
 
 import asyncio
 import contextlib
+import errno
+import fcntl
 import os
 import random
 import shutil
+import stat
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +82,30 @@ class Disk(Protocol):
 
     def free_bytes(self, path: str) -> int:
         """What the file system under ``path`` has left."""
+        ...
+
+    def claim(self, path: str) -> int:
+        """Hold a directory, made if need be, for this process alone: a handle. BlockingIOError if another has it."""
+        ...
+
+    def names(self, path: str) -> list[str]:
+        """What is in a directory, sorted; nothing where there is none."""
+        ...
+
+    def fetch(self, path: str, most: int) -> bytes:
+        """The whole of a regular file of at most ``most`` bytes, at once; no link is followed."""
+        ...
+
+    def sync(self, path: str) -> None:
+        """Make a file's bytes, or a directory's entries, survive a loss of power."""
+        ...
+
+    def rename(self, old: str, new: str) -> None:
+        """Put a file in another's place in one step."""
+        ...
+
+    def resolve(self, path: str) -> str:
+        """The path with all links followed."""
         ...
 
 
@@ -156,3 +183,42 @@ class SystemDisk:
 
     def free_bytes(self, path: str) -> int:
         return shutil.disk_usage(path).free
+
+    def claim(self, path: str) -> int:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
+
+    def names(self, path: str) -> list[str]:
+        try:
+            return sorted(os.listdir(path))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def fetch(self, path: str, most: int) -> bytes:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, "rb") as file:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode) or status.st_size > most:
+                raise OSError(errno.EFBIG, "not a regular file, or too large", path)
+            return file.read(most)
+
+    def sync(self, path: str) -> None:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+    def rename(self, old: str, new: str) -> None:
+        os.replace(old, new)
+
+    def resolve(self, path: str) -> str:
+        return os.path.realpath(path)

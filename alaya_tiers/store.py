@@ -1,5 +1,6 @@
 """The directory of a cache: opened, locked, checked, and cleaned of what killed processes left."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -9,14 +10,17 @@ import secrets
 import shutil
 import tempfile
 import threading
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from alaya_tiers.blocks import PAGE
+from alaya_tiers.commit import GENERATIONS, SEGMENTS, Job, collect, finish, load_manifest, load_segment, prepare
 from alaya_tiers.config import IoMode
-from alaya_tiers.errors import StoreCorrupt, StoreFormat, StoreLocked, StoreMismatch, StoreUnwritable
+from alaya_tiers.errors import IOFailed, StoreCorrupt, StoreFormat, StoreLocked, StoreMismatch, StoreUnwritable
+from alaya_tiers.manifest import MOST_BYTES, Manifest, Segment
 from alaya_tiers.seams import Disk
 from alaya_tiers.tiers.base import Accountant
 from alaya_tiers.tiers.ssd import SsdTier, translate
@@ -47,33 +51,18 @@ class Store:
         self.session = f"session-{secrets.token_hex(4)}"
         self.model = model
         self._disk = disk
-        self._saved_groups = False
+        self._saved_groups = self._torn = False
         self._pid = os.getpid()
+        if self._lock < 0:
+            self._lock = self._claim()
         try:
-            os.makedirs(self.path, mode=0o700, exist_ok=True)
-            if not os.access(self.path, os.W_OK | os.X_OK):
-                raise StoreUnwritable(errno.EACCES, "the directory cannot be written; choose another", self.path)
-            if self._lock < 0:
-                self._lock = _opened(self.path)
-        except StoreUnwritable:
-            raise
-        except OSError as error:
-            kind = StoreUnwritable if error.errno in (errno.EEXIST, errno.ENOTDIR) else None
-            if kind is not None:
-                raise kind(error.errno, "the store's path is not a directory; choose another", self.path) from error
-            raise translate(error, self.path, "write") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self._check()
-        except BlockingIOError as error:
-            os.close(self._lock)
-            raise StoreLocked(
-                errno.EAGAIN, "another cache has this store open; close it or choose another path", self.path
-            ) from error
+            self.manifest = load_manifest(disk, self.path)
+            if not self.temporary:
+                self.tidy()
         except BaseException:
-            os.close(self._lock)
+            disk.close(self._lock)
             raise
-        self._collect()
 
     @property
     def directory(self) -> str:
@@ -85,12 +74,86 @@ class Store:
         direct = io == "direct" or (io == "auto" and self._can_direct())
         return SsdTier(self.directory, self._disk, accountant, segment_tokens, threads, direct=direct)
 
+    def require(self, model: Model | None) -> None:
+        """Refuse another model than the store's; an empty store becomes this one's. Raises StoreMismatch."""
+        if model is None:
+            return
+        if self.model is None:
+            self.model, self._saved_groups = model, False
+        elif model != self.model:
+            raise StoreMismatch(
+                errno.EINVAL, f"the store was made for another model: {_difference(self.model, model)}", self.path
+            )
+
+    def record(self, name: str) -> Segment:
+        """The record of a stored segment. Raises StoreCorrupt."""
+        return load_segment(self._disk, self.path, self.manifest, name)
+
+    async def save_groups(self) -> list[str]:
+        """Metadata of the groups that this session's segments are in; the files. Raises StoreError."""
+        try:
+            await self._save_groups()
+            own = os.path.join(self.directory, "zarr.json")
+            if "zarr.json" not in self._disk.names(self.directory):
+                await self._disk.save(own, group_json({}))
+        except OSError as error:
+            raise translate(error, self.path, "write") from error
+        return [os.path.join(self.path, "zarr.json"), own]
+
+    def commit(
+        self,
+        manifest: Manifest,
+        records: Mapping[str, bytes],
+        files: Iterable[str],
+        run: Callable[[list[Job]], None],
+    ) -> None:
+        """Make ``files``, new records and then the manifest durable; see ``alaya_tiers.commit``. Raises StoreError.
+
+        The manifest before counts then; but if the very last steps failed, only the next opening can tell, and until
+        then nothing is removed and nothing more is committed.
+        """
+        if self._torn:
+            raise IOFailed(errno.EIO, "the last commit failed so late that only a new opening can tell how", self.path)
+        prepare(self._disk, self.path, manifest, records, files, run)
+        self._torn = True
+        finish(self._disk, self.path, manifest)
+        self._torn, self.manifest = False, manifest
+
+    def collect(self) -> None:
+        """Remove records and manifests that do not count any more."""
+        collect(self._disk, self.path, self.manifest)
+
+    def is_plain(self, folder: str) -> bool:
+        """Whether a folder is where it seems to be, reached through no link."""
+        path = os.path.join(self.path, folder, "c", "0", "0", "0")
+        return self._disk.resolve(path) == os.path.join(self._disk.resolve(self.path), folder, "c", "0", "0", "0")
+
+    def remove(self, path: str) -> None:
+        """Remove what nobody needs; a failure leaves it for the next opening."""
+        with contextlib.suppress(OSError):
+            self._disk.remove(path)
+
+    def tidy(self) -> None:
+        """Remove what neither the manifest nor a flushed session names: leftovers of work that came to no end."""
+        collect(self._disk, self.path, self.manifest)
+        wanted: dict[str, set[str]] = {}
+        for name in self.manifest.files:
+            session, folder, _ = name.split("/")
+            wanted.setdefault(session, set()).add(folder)
+        for session in filter(_is_session, self._disk.names(self.path)):
+            folders = wanted.get(session, set()) | self._flushed(session)
+            if not folders:
+                self.remove(os.path.join(self.path, session))
+            for name in self._disk.names(os.path.join(self.path, session)):
+                if name not in folders and name != "zarr.json":
+                    self.remove(os.path.join(self.path, session, name))
+
     async def publish(self, ssd: SsdTier, number: int, segment_tokens: int) -> None:
         """Write the metadata of a segment file, so that any Zarr reader finds what is in it."""
         file = ssd.files[number]
         last = int(np.flatnonzero((file.offsets >= 0).any(0)).max())
         attributes = {"alaya_tiers": {"layer": file.layer, "stream": file.stream, "segment": file.segment}}
-        metadata = array_json(file.shape, (last + 1) * file.shape.tokens, segment_tokens, attributes)
+        metadata = array_json(file.shape, (last + 1) * file.shape.tokens - file.unfilled, segment_tokens, attributes)
         array = Path(file.path).parents[3]
         try:
             await self._save_groups()
@@ -113,10 +176,24 @@ class Store:
             return
         if self.temporary:
             shutil.rmtree(self.path, ignore_errors=True)
-        elif not _kept(Path(self.directory)):
-            shutil.rmtree(self.directory, ignore_errors=True)
-        os.close(self._lock)
+        elif not self._torn:
+            self.tidy()
+        self._disk.close(self._lock)
         self._lock = -1
+
+    def _claim(self) -> int:
+        try:
+            return self._disk.claim(self.path)
+        except BlockingIOError as error:
+            raise StoreLocked(
+                errno.EAGAIN, "another cache has this store open; close it or choose another path", self.path
+            ) from error
+        except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTDIR):
+                raise StoreUnwritable(
+                    error.errno, "the store's path is not a directory; choose another", self.path
+                ) from error
+            raise translate(error, self.path, "write") from error
 
     async def _save_groups(self) -> None:
         if not self._saved_groups:
@@ -127,9 +204,9 @@ class Store:
         return group_json({"alaya_tiers": {"format": FORMAT, "model": self.model}})
 
     def _check(self) -> None:
-        root = Path(self.path, "zarr.json")
-        if not root.exists():
-            if foreign := [p.name for p in Path(self.path).iterdir() if not _ours(p)]:
+        root, names = os.path.join(self.path, "zarr.json"), self._disk.names(self.path)
+        if "zarr.json" not in names:
+            if foreign := [n for n in names if not _is_session(n) and n not in (GENERATIONS, SEGMENTS)]:
                 raise StoreFormat(
                     errno.ENOTEMPTY,
                     f"the directory holds other files ({foreign[0]}, ...); choose an empty one",
@@ -137,12 +214,12 @@ class Store:
                 )
             return
         try:
-            found = attributes_of(root.read_bytes())["alaya_tiers"]
+            found = attributes_of(self._disk.fetch(root, MOST_BYTES))["alaya_tiers"]
             version, model = int(found["format"]), found["model"]
             if not isinstance(model, dict | None):
                 raise TypeError("the model is not described by a mapping")
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise StoreCorrupt(errno.EIO, "the store's zarr.json cannot be read", str(root)) from error
+            raise StoreCorrupt(errno.EIO, "the store's zarr.json cannot be read", root) from error
         if version > FORMAT:
             raise StoreFormat(
                 errno.EPROTO,
@@ -151,16 +228,21 @@ class Store:
             )
         if self.model is None:
             self.model = model
-        elif model is not None and model != self.model:
-            raise StoreMismatch(
-                errno.EINVAL, f"the store was made for another model: {_difference(model, self.model)}", self.path
-            )
+        elif model is not None:
+            given, self.model = self.model, model
+            self.require(given)
 
-    def _collect(self) -> None:
-        """Remove sessions that were never written down: their process was killed."""
-        for session in Path(self.path).glob("session-*"):
-            if not _kept(session):
-                shutil.rmtree(session, ignore_errors=True)
+    def _flushed(self, session: str) -> set[str]:
+        """Folders that ``flush`` wrote down for other Zarr readers; of a file that cannot be read, all there are."""
+        names = self._disk.names(os.path.join(self.path, session))
+        if "zarr.json" not in names:
+            return set()
+        try:
+            data = attributes_of(self._disk.fetch(os.path.join(self.path, session, "zarr.json"), MOST_BYTES))
+            contexts = data.get("alaya_tiers", {}).get("contexts", [])
+            return {folder for c in contexts for folders in c["layers"].values() for folder in folders}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return set(names)
 
     def _can_direct(self) -> bool:
         """Whether the file system takes O_DIRECT."""
@@ -178,12 +260,8 @@ class Store:
         return True
 
 
-def _kept(session: Path) -> bool:
-    return (session / "zarr.json").exists()
-
-
-def _ours(path: Path) -> bool:
-    return path.name.startswith("session-")
+def _is_session(name: str) -> bool:
+    return name.startswith("session-")
 
 
 def _difference(stored: Model, given: Model) -> str:

@@ -128,8 +128,8 @@ class SimClock:
 class Fault:
     """What goes wrong: the ``n``-th ``op`` of a disk (from 1), or every one from there on with ``persistent``.
 
-    op: open, read, write, close, load, save or remove. kind: "error" raises ``error``; "short" does part of a read or
-    write; "flip" changes one bit of what is read.
+    op: open, read, write, close, load, save, remove, claim, fetch, sync or rename. kind: "error" raises ``error``;
+    "short" does part of a read or write; "flip" changes one bit of what is read.
     """
 
     op: str
@@ -168,6 +168,7 @@ class SimDisk:
         self._rng, self._trace = rng, trace
         self.handles: dict[int, tuple[SimFile, bool]] = {}
         self._next = 3
+        self.claimed: dict[int, str] = {}
 
     def open(self, path: str, *, create: bool, direct: bool) -> int:
         self._op("open", path)
@@ -217,6 +218,7 @@ class SimDisk:
     def close(self, handle: int) -> None:
         self._op("close", handle)
         del self.handles[handle]
+        self.claimed.pop(handle, None)
 
     async def load(self, path: str) -> bytes:
         await self._later("load", path)
@@ -235,6 +237,36 @@ class SimDisk:
 
     def free_bytes(self, path: str) -> int:
         return (1 << 40) if self.space is None else self.space - self.used
+
+    def claim(self, path: str) -> int:
+        self._op("claim", path)
+        if path in self.claimed.values():
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
+        self._next += 1
+        self.handles[self._next], self.claimed[self._next] = (SimFile(), False), path
+        return self._next
+
+    def names(self, path: str) -> list[str]:
+        below = (name.removeprefix(f"{path}/") for name in self.files if name.startswith(f"{path}/"))
+        return sorted({name.partition("/")[0] for name in below})
+
+    def fetch(self, path: str, most: int) -> bytes:
+        self._op("fetch", path)
+        if path not in self.files:
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        if len(self.files[path].data) > most:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
+        return bytes(self.files[path].data)
+
+    def sync(self, path: str) -> None:
+        self._op("sync", path)
+
+    def rename(self, old: str, new: str) -> None:
+        self._op("rename", (old, new))
+        self.files[new] = self.files.pop(old)
+
+    def resolve(self, path: str) -> str:
+        return path
 
     @property
     def used(self) -> int:

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E40
 from alaya_tiers.hf.attach import attach, generate  # noqa: E402
 from alaya_tiers.hf.attention import alaya_attention_forward  # noqa: E402
 from alaya_tiers.hf.cache import AlayaCache  # noqa: E402
+from alaya_tiers.hf.db import DB  # noqa: E402
 from alaya_tiers.hf.handles import GatheredWarning, KVHandle  # noqa: E402
 from alaya_tiers.hf.layer import AlayaLayer  # noqa: E402
 from alaya_tiers.hf.masks import alaya_mask  # noqa: E402
@@ -29,6 +30,7 @@ AttentionInterface.register("alaya", alaya_attention_forward)
 AttentionMaskInterface.register("alaya", alaya_mask)
 
 __all__ = [
+    "DB",
     "AlayaCache",
     "AlayaLayer",
     "GatheredWarning",

@@ -59,21 +59,10 @@ class AlayaCache(DynamicCache):
                 "the first argument is KV data, as for DynamicCache: write AlayaCache(config=model.config)"
             )
         base = settings if settings is not None else Settings()
-        engine = Engine(base.replace(**overrides), None if path is None else os.fspath(path), _model(config))
-        most = _positions(config) if max_tokens == "auto" else max_tokens
+        engine = Engine(base.replace(**overrides), None if path is None else os.fspath(path), model_of(config))
+        most = positions_of(config) if max_tokens == "auto" else max_tokens
         assert most is None or isinstance(most, int)
-        self.session, self._torn = Session(engine, most), False
-        self._ids: Tensor | None = None
-        """The first tokens, as far as ``generate`` let us see them, int64 [rows, n]; one row stands for any number."""
-        self._weights: str | None = None
-        undo = _weakly(self)
-        if config is None:
-            Cache.__init__(self, layer_class_to_replicate=_layer_maker(self.session, undo, 0))  # type: ignore[arg-type]
-        else:
-            stock = DynamicCache(config=config).layers  # transformers decides which layer is what
-            tiered = (type(layer) is DynamicLayer for layer in stock)
-            ours = [AlayaLayer(self.session, i, undo) if t else stock[i] for i, t in enumerate(tiered)]
-            Cache.__init__(self, layers=ours)
+        self._begin(Session(engine, most), config, (DynamicLayer,))
         for number, (keys, values, *window) in enumerate(ddp_cache_data or ()):
             make: Any = self.layer_class_to_replicate
             if make is not None and window and window[0] is not None:
@@ -81,6 +70,22 @@ class AlayaCache(DynamicCache):
                 self.layers[number] = DynamicSlidingWindowLayer(sliding_window=int(window[0]))
             if keys is not None:  # a layer without data, as DynamicCache has them too
                 self.update(keys, values, number)
+
+    def _begin(self, session: Session, config: PretrainedConfig | None, tiered: tuple[type, ...]) -> None:
+        """Become a cache of this session; layers that transformers would make one of ``tiered`` are ours."""
+        self.session, self._torn = session, False
+        self._ids: Tensor | None = None
+        """The first tokens, as far as ``generate`` let us see them, int64 [rows, n]; one row stands for any number."""
+        self._weights: str | None = None
+        undo = _weakly(self)
+        if config is None:
+            maker = _layer_maker(session, undo, len(session.layers))
+            Cache.__init__(self, layer_class_to_replicate=maker)  # type: ignore[arg-type]
+            self.layers += [AlayaLayer(session, i, undo) for i in range(len(session.layers))]
+        else:
+            stock = DynamicCache(config=config).layers  # transformers decides which layer is what
+            ours = [AlayaLayer(session, i, undo) if type(s) in tiered else s for i, s in enumerate(stock)]
+            Cache.__init__(self, layers=ours)
 
     @classmethod
     def for_model(cls, model: PreTrainedModel, **settings: Any) -> Self:
@@ -133,6 +138,10 @@ class AlayaCache(DynamicCache):
     def close(self) -> None:
         """Free all memory and files, also those of forks. Using the cache afterwards raises SessionClosed."""
         self.session.engine.close()
+
+    def fork(self) -> Self:
+        """Another cache with the same tokens, which shares all blocks: ``copy.deepcopy``."""
+        return copy.deepcopy(self)
 
     def __enter__(self) -> Self:
         return self
@@ -221,6 +230,7 @@ class AlayaCache(DynamicCache):
     # ------------------------------------------------------------------ inside
     def _continue(self, prompt: continuing.Prompt, length: int) -> int:
         """How many tokens of ``prompt`` need not run. Raises InputError, ModelChanged; nothing was changed then."""
+        self._meet(prompt.model)
         weights = continuing.weights_digest(prompt.model)
         if not length:
             self._ids, self._weights = prompt.ids if prompt.whole else None, weights
@@ -249,6 +259,9 @@ class AlayaCache(DynamicCache):
             self._ids = prompt.ids
         self._weights = weights
         return length
+
+    def _meet(self, model: PreTrainedModel) -> None:
+        """The model that is about to fill or use the cache."""
 
     def _check_ids(self, ids: Tensor | None, length: int, new_only: str) -> None:
         """Raise InputError where a prompt does not begin with the tokens in the cache, as far as they are known."""
@@ -316,7 +329,7 @@ def _layer_maker(session: Session, undo: Callable[[int], None], first: int) -> C
     return lambda: AlayaLayer(session, next(numbers), undo)
 
 
-def _positions(config: PretrainedConfig | None) -> int | None:
+def positions_of(config: PretrainedConfig | None) -> int | None:
     """How many positions the model has; None where it has no limit or stretches them."""
     if config is None:
         return None
@@ -331,7 +344,7 @@ def _positions(config: PretrainedConfig | None) -> int | None:
 _NOT_OF_THE_MODEL = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "architectures"}
 
 
-def _model(config: PretrainedConfig | None) -> Model | None:
+def model_of(config: PretrainedConfig | None) -> Model | None:
     """What identifies the model in a store: its config, as JSON values."""
     if config is None:
         return None

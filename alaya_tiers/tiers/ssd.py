@@ -73,6 +73,12 @@ class SegmentFile:
     """Blocks written so far."""
     published: bool = False
     """Whether its metadata says all it holds."""
+    unfilled: int = 0
+    """Tokens that are missing at the end of its last block."""
+    kept: int = 0
+    """Blocks charged because a stored context has them, alive in a session or not; such a file never changes again."""
+    doubtful: bool = False
+    """Whether making it durable failed once: nobody can say what is on disk."""
 
     @property
     def stride(self) -> int:
@@ -190,6 +196,30 @@ class SsdTier:
         file.published = False
         return number, offset
 
+    def adopt(self, folder: str, layer: int, segment: int, shape: BlockShape, kept_bytes: int) -> int:
+        """A file of stored contexts, charged already; its number. folder: that of its array, inside the store."""
+        offsets = np.full((shape.geometry.kv_heads, self._segment_tokens // shape.tokens), -1, np.int64)
+        path = os.path.join(os.path.dirname(self.directory), folder, "c", "0", "0", "0")
+        file = SegmentFile(path, layer, -1, segment, shape, offsets.shape[1], offsets, published=True)
+        file.kept = kept_bytes // file.stride
+        self.files.append(file)
+        return len(self.files) - 1
+
+    def live_bytes(self, number: int) -> int:
+        """What the living blocks of a file take."""
+        return self.files[number].live * self.files[number].stride
+
+    def keep(self, number: int) -> None:
+        """A stored context has this file from here on: it stays, and stays charged, whoever lets go of its blocks."""
+        self.files[number].kept = self.files[number].live
+
+    def unkeep(self, number: int) -> list[str]:
+        """No stored context has this file any more; the file, to be removed, if no session uses it either."""
+        file = self.files[number]
+        self._accountant.release("ssd", (file.kept - file.live) * file.stride)
+        file.kept = 0
+        return [] if file.live else [file.path]
+
     def unplace(self, number: int, offset: int) -> list[str]:
         """Take back a place that was not written; the file, to be removed, if nothing lives in it."""
         file = self.files[number]
@@ -239,7 +269,7 @@ class SsdTier:
     def close(self) -> None:
         """Close all handles and give the budget back. No job may be running."""
         self._handles.close()
-        self._accountant.release("ssd", sum(f.live * f.stride for f in self.files))
+        self._accountant.release("ssd", sum(max(f.live, f.kept) * f.stride for f in self.files))
         self.files, self._by_name = [], {}
 
     def remove(self, path: str) -> None:
@@ -252,6 +282,8 @@ class SsdTier:
         file = self.files[number]
         file.live -= 1
         assert file.live >= 0, f"{file.path}: more blocks dropped than placed"
+        if file.kept:
+            return None
         self._accountant.release("ssd", file.stride)
         if file.live:
             return None

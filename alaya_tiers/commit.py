@@ -1,0 +1,167 @@
+"""The commit order: everything a manifest names is durable before the manifest counts.
+
+    1  written   blocks, shard indexes and metadata (by mover and store); a record for each new segment with token ids,
+                 places and digests of its blocks; the next manifest, with a digest of each record, under another name
+    2  fsync     all these files, and every directory on the way to them
+    3  rename    the manifest gets its name: from here on it counts
+    4  fsync     its directory
+
+What is interrupted before 3 was never there: ``collect`` removes it at the next opening. After 4 all of it is there,
+whatever happens. Nothing that the newest manifest names is ever written again or removed.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+from alaya_tiers.errors import StoreCorrupt
+from alaya_tiers.manifest import MOST_BYTES, Manifest, Segment
+from alaya_tiers.seams import Disk
+from alaya_tiers.tiers.ssd import translate
+from alaya_tiers.tiers.zarr_format import attributes_of, group_json
+
+GENERATIONS, SEGMENTS = "generations", "segments"
+KEPT = 2
+"""Manifests that stay: the newest, and the one before for whoever repairs a disk by hand."""
+
+Job = Callable[[], None]
+
+
+def encoded(segment: Segment) -> tuple[bytes, str]:
+    """A segment's record as a file, and its digest."""
+    data = group_json({"alaya_tiers": segment.to_json()})
+    return data, hashlib.sha256(data).hexdigest()
+
+
+def prepare(
+    disk: Disk,
+    root: str,
+    manifest: Manifest,
+    records: Mapping[str, bytes],
+    files: Iterable[str],
+    run: Callable[[list[Job]], None],
+) -> None:
+    """All of a commit before the manifest counts. Raises StoreError; the one before counts then.
+
+    records: of the new segments, by name. files: what else it names and may not be durable yet. run: runs jobs, all of
+    them to their end, and raises the first error.
+    """
+    path = _generation(root, manifest.generation)
+    groups = [os.path.join(root, folder, "zarr.json") for folder in (SEGMENTS, GENERATIONS)]
+    written = {f"{path}.partial": group_json({"alaya_tiers": manifest.to_json()})}
+    written |= {_record(root, name): data for name, data in records.items()}
+    written |= {group: group_json({}) for group in groups if "zarr.json" not in disk.names(os.path.dirname(group))}
+    for file, data in written.items():
+        _write(disk, file, data)
+    durable = {*files, *written, *groups}
+    folders = {folder for file in durable for folder in _folders(root, file)} - {os.path.dirname(path)}
+    run([_sync(disk, place) for place in sorted(durable) + sorted(folders)])
+
+
+def finish(disk: Disk, root: str, manifest: Manifest) -> None:
+    """Make a prepared manifest count. Raises StoreError; which one counts is known at the next opening then."""
+    path = _generation(root, manifest.generation)
+    try:
+        disk.rename(f"{path}.partial", path)
+    except OSError as error:
+        raise translate(error, path, "write") from error
+    _sync(disk, os.path.dirname(path))()
+
+
+def load_segment(disk: Disk, root: str, manifest: Manifest, name: str) -> Segment:
+    """The record of a segment. Raises StoreCorrupt."""
+    path, entry = _record(root, name), manifest.segments[name]
+    data = _fetch(disk, path, "a segment's record cannot be read")
+    if hashlib.sha256(data).hexdigest() != entry.digest:
+        raise StoreCorrupt(errno.EIO, "a segment's record is damaged (wrong digest) and was not used", path)
+    try:
+        return Segment.from_json(_ours(data, path), name, entry)
+    except (ValueError, OverflowError) as error:
+        raise StoreCorrupt(errno.EIO, f"a segment's record is damaged: {error}", path) from error
+
+
+def load_manifest(disk: Disk, root: str) -> Manifest:
+    """The manifest that counts; an empty one where none was ever saved. Raises StoreCorrupt."""
+    for number in sorted(_numbers(disk, root), reverse=True):
+        path = _generation(root, number)
+        if "zarr.json" in disk.names(os.path.dirname(path)):
+            try:
+                manifest = Manifest.from_json(_ours(_fetch(disk, path, "the manifest cannot be read"), path))
+            except (ValueError, RecursionError, OverflowError) as error:
+                raise StoreCorrupt(errno.EIO, f"the manifest is damaged: {error}", path) from error
+            if manifest.generation != number:
+                raise StoreCorrupt(errno.EIO, "the manifest is that of another generation", path)
+            return manifest
+    return Manifest()
+
+
+def collect(disk: Disk, root: str, manifest: Manifest) -> None:
+    """Remove records and manifests that do not count. Failures leave them for the next time."""
+    unwanted = [(SEGMENTS, n) for n in disk.names(os.path.join(root, SEGMENTS)) if n not in manifest.segments]
+    unwanted += [(GENERATIONS, str(n)) for n in _numbers(disk, root) if not 0 <= manifest.generation - n < KEPT]
+    for folder, name in unwanted:
+        if name != "zarr.json":
+            with contextlib.suppress(OSError):
+                disk.remove(os.path.join(root, folder, name))
+
+
+def _record(root: str, name: str) -> str:
+    return os.path.join(root, SEGMENTS, name, "zarr.json")
+
+
+def _generation(root: str, number: int) -> str:
+    return os.path.join(root, GENERATIONS, str(number), "zarr.json")
+
+
+def _numbers(disk: Disk, root: str) -> list[int]:
+    names = disk.names(os.path.join(root, GENERATIONS))
+    return [int(n) for n in names if n.isdecimal() and n.isascii() and len(n) < 18]
+
+
+def _write(disk: Disk, path: str, data: bytes) -> None:
+    """A new file in place of any there was. Not durable yet."""
+    try:
+        disk.remove(path)
+        handle = disk.open(path, create=True, direct=False)
+        try:
+            done = 0
+            while done < len(data):
+                done += disk.write(handle, [memoryview(data)[done:]], done)
+        finally:
+            disk.close(handle)
+    except OSError as error:
+        raise translate(error, path, "write") from error
+
+
+def _sync(disk: Disk, path: str) -> Job:
+    def sync() -> None:
+        try:
+            disk.sync(path)
+        except OSError as error:
+            raise translate(error, path, "write") from error
+
+    return sync
+
+
+def _folders(root: str, file: str) -> Iterator[str]:
+    """All directories from that of ``file`` up to ``root``."""
+    while file != root:
+        file = os.path.dirname(file)
+        yield file
+
+
+def _fetch(disk: Disk, path: str, problem: str) -> bytes:
+    try:
+        return disk.fetch(path, MOST_BYTES)
+    except OSError as error:
+        raise StoreCorrupt(error.errno or errno.EIO, f"{problem}: {error.strerror}", path) from error
+
+
+def _ours(data: bytes, path: str) -> Any:
+    try:
+        return attributes_of(data)["alaya_tiers"]
+    except (ValueError, KeyError, RecursionError) as error:
+        raise StoreCorrupt(errno.EIO, "this is not metadata of ours", path) from error
