@@ -1,8 +1,8 @@
 """Contexts that outlive their session: stored, found again by their first tokens, and read where they lie.
 
-A stored context is a chain of segments (see ``alaya_tiers.identity``). Opening one makes its blocks known to the ledger,
-their only copy being on ssd: nothing is read until attention asks. Sessions share these blocks and copy the one they go
-on in, as forks do. What was opened stays known, so that what is in memory is of use to the next session.
+A stored context is a chain of segments (see ``alaya_tiers.identity``). Opening one makes its blocks known to the
+ledger, their only copy being on ssd: nothing is read until attention asks. Sessions share these blocks and copy the one
+they go on in, as forks do. What was opened stays known, so that what is in memory is of use to the next session.
 """
 
 import errno
@@ -11,36 +11,23 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alaya_tiers.blocks import BlockShape, Geometry
+from alaya_tiers.adopted import Adopted, Held, Runs, ids_of
 from alaya_tiers.cache import Session
 from alaya_tiers.commit import Job, encoded
 from alaya_tiers.engine import Engine
-from alaya_tiers.errors import InputError, IOFailed, StoreCorrupt, StoreMismatch
+from alaya_tiers.errors import InputError, IOFailed, StoreCorrupt
 from alaya_tiers.identity import Identity, Tokens, common, segment_name
 from alaya_tiers.layer import Layer, Row
-from alaya_tiers.ledger import Ids
 from alaya_tiers.manifest import Context, Entry, LayerBlocks, Manifest, Segment
 
 Chunk = Sequence[tuple[Tensor, Tensor]]
 """K [rows, kv_heads, n, k_dim] and V [rows, kv_heads, n, v_dim] of the same n tokens, layer by layer."""
-
-Runs = npt.NDArray[np.int64]
-"""The first block id of each run of blocks."""
-
-Held = list[tuple[Runs, int]]
-"""The blocks of a segment, layer by layer: its runs, and how many heads each has."""
-
-Where = tuple[int, str, int, Tokens]
-"""Row of the session, name of the segment before, first position, token ids: a segment that is not stored yet."""
-
-New = dict[str, Where]
 
 Say = Callable[[int, int], None]
 """Told how much is done, of how much."""
@@ -50,6 +37,16 @@ def silent(done: int, all_of_it: int) -> None:
     """Says nothing."""
 
 
+class Part(NamedTuple):
+    """Tokens of one row of a session that make up a segment. before: the name of the segment before them."""
+
+    name: str
+    row: int
+    before: str
+    start: int
+    tokens: Tokens
+
+
 class Contexts:
     """The contexts of one store, and the sessions on them. Thread-safe; a session belongs to one thread at a time."""
 
@@ -57,9 +54,8 @@ class Contexts:
         self.engine = engine
         self._lock = threading.RLock()
         self._records: dict[str, Segment] = {}
-        self._held: dict[str, Held] = {}  # of segments whose blocks are in the ledger
-        self._numbers: dict[str, int] = {}  # folder of an array -> number of its file in the ssd tier
-        self._blocks: dict[str, Runs] = {}  # the same -> first block id of each run in the file, or -1
+        self._adopted = Adopted(engine)
+        self._tree = self._children(engine.store.manifest)
         engine.accountant.charge("ssd", sum(self.manifest.files.values()))
 
     @property
@@ -72,9 +68,9 @@ class Contexts:
         """The segments that hold most of the first tokens, and how many tokens that are."""
         with self._lock:
             names, at, before = list[str](), 0, root
-            children: dict[str, list[str]] = {}
-            for name, entry in self.manifest.segments.items():
-                children.setdefault(entry.before, []).append(name)
+            if self._tree[0] is not self.manifest:
+                self._tree = self._children(self.manifest)
+            children = self._tree[1]
             while at < tokens.size and before in children:
                 size = self._whole(root)
                 name = segment_name(before, tokens[at : at + size])
@@ -102,10 +98,10 @@ class Contexts:
         if not length:
             return session
         with self._lock:
-            for name in dict.fromkeys(name for names in rows for name in names):
-                self._hold(name, device)
+            wanted = dict.fromkeys(name for names in rows for name in names)
+            held = {name: self._adopted.hold(name, self._record(name), device) for name in wanted}
             for place, number in enumerate(sorted(self._record(rows[0][0]).layers)):
-                first = [np.concatenate([self._held[name][place][0] for name in names]) for names in rows]
+                first = [np.concatenate([held[name][place][0] for name in names]) for names in rows]
                 session.layers[number] = self._layer(number, first, length)
         return session
 
@@ -124,24 +120,20 @@ class Contexts:
             raise InputError(
                 f"the session holds {sorted(lengths)} tokens in its layers and {tokens.shape[1]} token ids are known"
             )
+        for state in session.layers.values():
+            if len(state.rows) != tokens.shape[0]:
+                raise InputError(f"{len(state.rows)} sequences, but token ids of {tokens.shape[0]}")
+            state.seal()
+        root = identity.root(tenant)
+        chains = [_parts(row, root, of_row, identity.segment_tokens) for row, of_row in enumerate(tokens)]
+        parts = {part.name: part for chain in reversed(chains) for part in chain}
+        ids = [chain[-1].name for chain in chains]
+        self._write_out(session, self._missing(parts), say)  # what takes time, before others have to wait for us
         with self._lock:
-            for state in session.layers.values():
-                if len(state.rows) != tokens.shape[0]:
-                    raise InputError(f"{len(state.rows)} sequences, but token ids of {tokens.shape[0]}")
-                state.seal()
-            root = identity.root(tenant)
-            new, ids = dict[str, Where](), list[str]()
-            for row, of_row in enumerate(tokens):
-                before = root
-                for start in range(0, of_row.size, identity.segment_tokens):
-                    part = of_row[start : start + identity.segment_tokens]
-                    name = segment_name(before, part)
-                    if name not in self.manifest.segments:
-                        new.setdefault(name, (row, before, start, part))
-                    before = name
-                ids.append(before)
+            new = self._missing(parts)
             if new or any(i not in self.manifest.contexts for i in ids):
-                self._commit(session, root, identity, new, ids, say)
+                self._write_out(session, new, silent)
+                self._commit(session, root, identity, new, ids)
         return ids
 
     def load(
@@ -197,23 +189,31 @@ class Contexts:
             self.engine.store.commit(manifest, {}, [], self._run)
             for name in old.segments.keys() - manifest.segments.keys():
                 self._records.pop(name, None)
-                for first, heads in self._held.pop(name, []):
-                    self.engine.release(_ids(first, heads))
+                self._adopted.release(name)
+            used = {os.path.dirname(name) for name in manifest.files}
             for name in old.files.keys() - manifest.files.keys():
-                self._forget(name, old.files[name])
+                if self._adopted.forget(name, old.files[name]):  # else it goes when the session that reads it ends
+                    parent = os.path.dirname(name)
+                    self.engine.store.remove(name if parent in used else parent)
             self.engine.store.collect()
 
     # ------------------------------------------------------------------ inside: storing
-    def _commit(self, session: Session, root: str, identity: Identity, new: New, ids: list[str], say: Say) -> None:
-        """Write the segments of ``new`` and the contexts ``ids``; they count when this returns."""
+    def _missing(self, parts: dict[str, Part]) -> list[Part]:
+        """Those that are not stored."""
+        return [part for name, part in parts.items() if name not in self.manifest.segments]
+
+    def _write_out(self, session: Session, parts: list[Part], say: Say) -> None:
+        blocks = [ids_of(first, heads) for part in parts for first, heads in _held(session, part)]
+        if blocks:
+            flat = np.unique(np.concatenate(blocks))
+            self.engine.write_out(flat, lambda left: say(flat.size - left, flat.size))
+
+    def _commit(self, session: Session, root: str, identity: Identity, new: list[Part], ids: list[str]) -> None:
+        """Store segments whose blocks are on disk, and the contexts ``ids``; they count when this returns."""
         engine, old = self.engine, self.manifest
-        held = {name: self._runs(session, *where) for name, where in new.items()}
-        blocks = [_ids(first, heads) for runs in held.values() for first, heads in runs]
-        flat = np.unique(np.concatenate(blocks)) if blocks else np.empty(0, np.int64)
-        if flat.size:
-            engine.write_out(flat, lambda left: say(flat.size - left, flat.size))
-        segments = {name: self._segment(session, where, held[name]) for name, where in new.items()}
-        numbers, durable = self._publish(session, segments.values(), held.values())
+        held = {part.name: _held(session, part) for part in new}
+        segments = {part.name: self._segment(session, part, held[part.name]) for part in new}
+        numbers, durable = self._publish(segments.values(), held.values())
         records, entries = dict[str, bytes](), dict(old.segments)
         for name, segment in segments.items():
             records[name], digest = encoded(segment)
@@ -229,29 +229,14 @@ class Contexts:
         )
         engine.store.commit(manifest, records, durable, partial(self._run, numbers=list(numbers.values())))
         with engine.mover.lock:
-            for name, number in numbers.items():
+            for number in numbers.values():
                 engine.mover.ssd.keep(number)
-                self._numbers[name] = number
-            for ids_of in blocks:
-                engine.mover.ledger.retain(ids_of)
-        self._held |= held
         self._records |= segments
         for name, segment in segments.items():
-            for layer, (first, _) in zip(segment.layers.values(), held[name], strict=True):
-                self._note(segment, layer, first)
+            self._adopted.keep(name, segment, held[name], numbers)
 
-    def _runs(self, session: Session, row: int, before: str, start: int, part: Tokens) -> Held:
-        """The blocks of a segment, layer by layer: first id of each run, and how many heads."""
-        found = []
-        for _, state in sorted(session.layers.items()):
-            size = state.shape.tokens
-            first = state.rows[row].first[start // size : -(-(start + part.size) // size)]
-            found.append((first.copy(), state.shape.geometry.kv_heads))
-        return found
-
-    def _segment(self, session: Session, where: Where, held: Held) -> Segment:
+    def _segment(self, session: Session, part: Part, held: Held) -> Segment:
         """The record of a segment whose blocks are all written."""
-        _, before, start, part = where
         mover, layers = self.engine.mover, dict[int, LayerBlocks]()
         with mover.lock:
             for (number, state), (first, heads) in zip(sorted(session.layers.items()), held, strict=True):
@@ -263,21 +248,19 @@ class Contexts:
                     g.v_dim,
                     str(g.dtype).removeprefix("torch."),
                     state.shape.tokens,
-                    tuple(self._folder(n) for n in numbers.tolist()),
+                    tuple(self._adopted.folder(n) for n in numbers.tolist()),
                     inverse.astype(np.int64),
-                    mover.ledger.digest[_ids(first, heads).reshape(-1, heads).T],
+                    mover.ledger.digest[ids_of(first, heads).reshape(-1, heads).T],
                 )
-        return Segment(before, start, part, layers)
+        return Segment(part.before, part.start, part.tokens, layers)
 
-    def _publish(
-        self, session: Session, segments: Iterable[Segment], held: Iterable[Held]
-    ) -> tuple[dict[str, int], list[str]]:
+    def _publish(self, segments: Iterable[Segment], held: Iterable[Held]) -> tuple[dict[str, int], list[str]]:
         """Metadata of all files no stored context has yet: their numbers by folder, and all that must be durable."""
         mover, numbers = self.engine.mover, dict[str, int]()
         for segment, runs in zip(segments, held, strict=True):
             for layer, (first, _) in zip(segment.layers.values(), runs, strict=True):
                 of_run = mover.ledger.file[first]
-                numbers |= {self._folder(n): n for n in of_run.tolist() if not mover.ssd.files[n].kept}
+                numbers |= {self._adopted.folder(n): n for n in of_run.tolist() if not mover.ssd.files[n].kept}
                 tail = mover.ssd.files[of_run[-1]]
                 if not tail.kept and (unfilled := -segment.tokens.size % layer.block_tokens):
                     tail.unfilled, tail.published = unfilled, False
@@ -309,85 +292,7 @@ class Contexts:
                 self.engine.mover.ssd.files[number].doubtful = True
             raise
 
-    def _forget(self, folder: str, nbytes: int) -> None:
-        """No context has this array any more."""
-        engine, number = self.engine, self._numbers.pop(folder, None)
-        self._blocks.pop(folder, None)
-        if number is None:
-            engine.accountant.release("ssd", nbytes)
-        else:
-            with engine.mover.lock:
-                unused = engine.mover.ssd.unkeep(number)
-            for path in unused:
-                engine.mover.ssd.remove(path)
-            if not unused:
-                return  # a session still reads it; it goes when that ends
-        engine.store.remove(os.path.join(engine.store.path, os.path.dirname(folder)))
-
     # ------------------------------------------------------------------ inside: opening
-    def _hold(self, name: str, device: torch.device) -> None:
-        """Make a segment's blocks blocks of the ledger, held until the segment is deleted."""
-        if name in self._held:
-            return
-        segment, engine = self._record(name), self.engine
-        for folder in segment.files:
-            if not engine.store.is_plain(folder):
-                raise StoreCorrupt(errno.ELOOP, "a link leads out of the store and was not followed", folder)
-        shapes = {}
-        for number, layer in sorted(segment.layers.items()):
-            dtype = getattr(torch, layer.dtype, None)
-            if not isinstance(dtype, torch.dtype):
-                raise StoreCorrupt(errno.EIO, f"there is no dtype {layer.dtype!r}", engine.store.path)
-            shapes[number] = engine.fit(number, Geometry(layer.kv_heads, layer.k_dim, layer.v_dim, dtype), device)
-            if shapes[number].tokens != layer.block_tokens:
-                raise StoreMismatch(
-                    errno.EINVAL,
-                    f"blocks of layer {number} have {layer.block_tokens} tokens there and {shapes[number].tokens} here",
-                    engine.store.path,
-                )
-        with engine.mover.lock:
-            self._held[name] = [
-                (self._adopt(segment, number, layer, shapes[number]), layer.kv_heads)
-                for number, layer in sorted(segment.layers.items())
-            ]
-
-    def _adopt(self, segment: Segment, number: int, layer: LayerBlocks, shape: BlockShape) -> Runs:
-        """First ids of the runs of one layer of a segment: of blocks some other segment shares, and new ones."""
-        mover = self.engine.mover
-        book, ssd, runs = mover.ledger, mover.ssd, np.arange(layer.where.size)
-        for folder in layer.files:
-            if folder not in self._numbers:
-                index = segment.start // self.engine.settings.segment_tokens
-                self._numbers[folder] = ssd.adopt(folder, number, index, shape, self.manifest.files[folder])
-            self._blocks.setdefault(folder, np.full(ssd.files[self._numbers[folder]].blocks, -1, np.int64))
-        files = np.array([self._numbers[folder] for folder in layer.files], np.int32)[layer.where]
-        first = np.array([self._blocks[layer.files[w]][r] for w, r in zip(layer.where, runs, strict=True)])
-        blocks = self.engine.settings.segment_tokens // shape.tokens
-        offsets = (np.arange(layer.kv_heads)[:, None] * blocks + runs) * ssd.files[files[0]].stride
-        known = first >= 0
-        old = first[known]  # its id may be another block's by now
-        same = (book.refs[old] > 0) & (book.file[old] == files[known]) & (book.offset[old] == offsets[0, known])
-        known[known] = same
-        if known.any():
-            book.retain(_ids(first[known], layer.kv_heads))
-        if not known.all():
-            new = ~known
-            starts = segment.start + runs[new] * shape.tokens
-            first[new] = book.adopted(number, starts, files[new], offsets[:, new], layer.digests[:, new])
-            for file, count in zip(*np.unique(files[new], return_counts=True), strict=True):
-                ssd.files[file].live += int(count) * layer.kv_heads
-            self._note(segment, layer, first)
-        return first
-
-    def _note(self, segment: Segment, layer: LayerBlocks, first: Runs) -> None:
-        """Remember which blocks are in which files."""
-        for run, (where, block) in enumerate(zip(layer.where.tolist(), first.tolist(), strict=True)):
-            folder = layer.files[where]
-            if folder not in self._blocks:
-                size = self.engine.mover.ssd.files[self._numbers[folder]].blocks
-                self._blocks[folder] = np.full(size, -1, np.int64)
-            self._blocks[folder][run] = block
-
     def _layer(self, number: int, first: list[Runs], length: int) -> Layer:
         """A layer of rows that hold these blocks."""
         made = Layer(self.engine, number, self.engine.mover.shapes[number], 0)
@@ -400,6 +305,13 @@ class Contexts:
         return made
 
     # ------------------------------------------------------------------ inside
+    def _children(self, manifest: Manifest) -> tuple[Manifest, dict[str, list[str]]]:
+        """The names of the segments that follow each."""
+        found: dict[str, list[str]] = {}
+        for name, entry in manifest.segments.items():
+            found.setdefault(entry.before, []).append(name)
+        return manifest, found
+
     def _whole(self, root: str) -> int:
         return self.manifest.identities[root].segment_tokens
 
@@ -421,15 +333,25 @@ class Contexts:
             raise InputError(f"there is no context {context!r} in this store; contexts() lists them")
         return found
 
-    def _folder(self, number: int) -> str:
-        """The folder of the array a file belongs to, inside the store."""
-        array = Path(self.engine.mover.ssd.files[number].path).parents[3]
-        return array.relative_to(self.engine.store.path).as_posix()
+
+def _parts(row: int, root: str, tokens: Tokens, segment_tokens: int) -> list[Part]:
+    """All tokens of a row, cut into segments."""
+    found, before = list[Part](), root
+    for start in range(0, tokens.size, segment_tokens):
+        some = tokens[start : start + segment_tokens]
+        found.append(Part(segment_name(before, some), row, before, start, some))
+        before = found[-1].name
+    return found
 
 
-def _ids(first: Runs, heads: int) -> Ids:
-    """All blocks of some runs, run by run."""
-    return (first[:, None] + np.arange(heads)).ravel()
+def _held(session: Session, part: Part) -> Held:
+    """The blocks of a segment, layer by layer."""
+    found = []
+    for _, state in sorted(session.layers.items()):
+        size, end = state.shape.tokens, part.start + part.tokens.size
+        first = state.rows[part.row].first[part.start // size : -(-end // size)]
+        found.append((first.copy(), state.shape.geometry.kv_heads))
+    return found
 
 
 def _length(chunk: Chunk) -> int:

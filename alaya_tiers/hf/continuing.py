@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 
 _PREFILL: Any = GenerationMixin._prefill
@@ -30,7 +31,7 @@ class Prompt:
     there is no mask. whole: the prompt begins with what the cache holds; else it is only what is new.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
     ids: Tensor | None
     tokens: int
     covered: int | None
