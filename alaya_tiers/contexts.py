@@ -25,6 +25,7 @@ from alaya_tiers.errors import InputError, IOFailed, StoreCorrupt
 from alaya_tiers.identity import Identity, Tokens, common, segment_name
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.manifest import Context, Entry, LayerBlocks, Manifest, Segment
+from alaya_tiers.verify import Damage
 
 Chunk = Sequence[tuple[Tensor, Tensor]]
 """K [rows, kv_heads, n, k_dim] and V [rows, kv_heads, n, v_dim] of the same n tokens, layer by layer."""
@@ -194,8 +195,14 @@ class Contexts:
             for name in old.files.keys() - manifest.files.keys():
                 if self._adopted.forget(name, old.files[name]):  # else it goes when the session that reads it ends
                     parent = os.path.dirname(name)
-                    self.engine.store.remove(name if parent in used else parent)
+                    self.engine.store.remove(os.path.join(self.engine.store.path, name if parent in used else parent))
             self.engine.store.collect()
+
+    def verify(self, say: Say = silent) -> list[Damage]:
+        """Read everything that is stored; what is damaged. say: told how many segments are done, of how many."""
+        self.engine.check_open()
+        with self._lock:
+            return list(self.engine.store.verify(say))
 
     # ------------------------------------------------------------------ inside: storing
     def _missing(self, parts: dict[str, Part]) -> list[Part]:

@@ -10,7 +10,7 @@ import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from alaya_tiers.seams import Disk
 from alaya_tiers.tiers.base import Accountant
 from alaya_tiers.tiers.ssd import SsdTier, translate
 from alaya_tiers.tiers.zarr_format import FORMAT, array_json, attributes_of, group_json
+from alaya_tiers.verify import Damage, verify
 
 Model = dict[str, Any]
 """What a store says of the model it was written for; JSON values only."""
@@ -88,6 +89,10 @@ class Store:
     def record(self, name: str) -> Segment:
         """The record of a stored segment. Raises StoreCorrupt."""
         return load_segment(self._disk, self.path, self.manifest, name)
+
+    def verify(self, say: Callable[[int, int], None]) -> Iterator[Damage]:
+        """See ``alaya_tiers.verify``."""
+        return verify(self._disk, self.path, self.manifest, say)
 
     async def save_groups(self) -> list[str]:
         """Metadata of the groups that this session's segments are in; the files. Raises StoreError."""

@@ -20,6 +20,7 @@ from alaya_tiers.hf.continuing import weights_digest
 from alaya_tiers.hf.stored import StoredCache, check_layers, see
 from alaya_tiers.identity import Identity, Tokens, model_digest
 from alaya_tiers.manifest import Context
+from alaya_tiers.verify import Damage
 
 KV = DynamicCache | Sequence[tuple[Tensor, Tensor]] | Iterable[Chunk]
 """Keys and values: of a DynamicCache, layer by layer [1, kv_heads, tokens, dim], or an iterator of such in chunks."""
@@ -155,6 +156,10 @@ class DB:
     def delete(self, context: str) -> None:
         """Forget a context and what only it needed. Sessions on it may go on. Raises InputError, StoreError."""
         self._contexts.delete(context)
+
+    def verify(self, *, say: Say = silent) -> list[Damage]:
+        """Read all that is stored and compare it with its digests; what is damaged, and whose it is."""
+        return self._contexts.verify(say)
 
     # ------------------------------------------------------------------ life
     def close(self) -> None:
