@@ -42,12 +42,14 @@ def prepare(
     manifest: Manifest,
     records: Mapping[str, bytes],
     files: Iterable[str],
+    saved: Iterable[str],
     run: Callable[[list[Job]], None],
 ) -> None:
     """All of a commit before the manifest counts. Raises StoreError; the one before counts then.
 
-    records: of the new segments, by name. files: what else it names and may not be durable yet. run: runs jobs, all of
-    them to their end, and raises the first error.
+    records: of the new segments, by name. files: what else it names and was not made durable. saved: the same of files
+    that ``Disk.save`` wrote: only the directories on the way to them are in doubt. run: runs jobs, all of them to their
+    end, and raises the first error.
     """
     path = _generation(root, manifest.generation)
     groups = [os.path.join(root, folder, "zarr.json") for folder in (SEGMENTS, GENERATIONS)]
@@ -57,7 +59,7 @@ def prepare(
     for file, data in written.items():
         _write(disk, file, data)
     durable = {*files, *written, *groups}
-    folders = {folder for file in durable for folder in _folders(root, file)} - {os.path.dirname(path)}
+    folders = {folder for file in durable.union(saved) for folder in _folders(root, file)} - {os.path.dirname(path)}
     run([_sync(disk, place) for place in sorted(durable) + sorted(folders)])
 
 
@@ -103,7 +105,7 @@ def collect(disk: Disk, root: str, manifest: Manifest) -> None:
     unwanted = [(SEGMENTS, n) for n in disk.names(os.path.join(root, SEGMENTS)) if n not in manifest.segments]
     unwanted += [(GENERATIONS, str(n)) for n in _numbers(disk, root) if not 0 <= manifest.generation - n < KEPT]
     for folder, name in unwanted:
-        if name != "zarr.json":
+        if name != "zarr.json" or not manifest.generation:
             with contextlib.suppress(OSError):
                 disk.remove(os.path.join(root, folder, name))
 

@@ -187,7 +187,7 @@ class Contexts:
         with self._lock:
             self._known(context)
             old, manifest = self.manifest, self.manifest.without(context)
-            self.engine.store.commit(manifest, {}, [], self._run)
+            self.engine.store.commit(manifest, {}, [], [], self._run)
             for name in old.segments.keys() - manifest.segments.keys():
                 self._records.pop(name, None)
                 self._adopted.release(name)
@@ -220,7 +220,7 @@ class Contexts:
         engine, old = self.engine, self.manifest
         held = {part.name: _held(session, part) for part in new}
         segments = {part.name: self._segment(session, part, held[part.name]) for part in new}
-        numbers, durable = self._publish(segments.values(), held.values())
+        numbers, saved = self._publish(segments.values(), held.values())
         records, entries = dict[str, bytes](), dict(old.segments)
         for name, segment in segments.items():
             records[name], digest = encoded(segment)
@@ -234,7 +234,8 @@ class Contexts:
             {**added, **old.contexts},
             {**old.files, **files},
         )
-        engine.store.commit(manifest, records, durable, partial(self._run, numbers=list(numbers.values())))
+        shards = [engine.mover.ssd.files[number].path for number in numbers.values()]
+        engine.store.commit(manifest, records, shards, saved, partial(self._run, numbers=list(numbers.values())))
         with engine.mover.lock:
             for number in numbers.values():
                 engine.mover.ssd.keep(number)
@@ -262,7 +263,7 @@ class Contexts:
         return Segment(part.before, part.start, part.tokens, layers)
 
     def _publish(self, segments: Iterable[Segment], held: Iterable[Held]) -> tuple[dict[str, int], list[str]]:
-        """Metadata of all files no stored context has yet: their numbers by folder, and all that must be durable."""
+        """Metadata of all files no stored context has yet: their numbers by folder, and the metadata's files."""
         mover, numbers = self.engine.mover, dict[str, int]()
         for segment, runs in zip(segments, held, strict=True):
             for layer, (first, _) in zip(segment.layers.values(), runs, strict=True):
@@ -280,11 +281,8 @@ class Contexts:
                     mover.ssd.files[number].path,
                 )
         self.engine.publish(list(numbers.values()))
-        durable = [self.engine.mover.ssd.files[n].path for n in numbers.values()]
-        for name in numbers:
-            array = os.path.join(self.engine.store.path, name)
-            durable += [os.path.join(folder, "zarr.json") for folder in (array, os.path.dirname(array))]
-        return numbers, durable + (self.engine.save_groups() if numbers else [])
+        arrays = [os.path.join(self.engine.store.path, name, "zarr.json") for name in numbers]
+        return numbers, arrays + self.engine.save_groups()
 
     def _run(self, jobs: list[Job], numbers: Sequence[int] = ()) -> None:
         """Run jobs that make things durable, of files ``numbers`` among others."""

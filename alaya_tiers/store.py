@@ -31,6 +31,8 @@ Model = dict[str, Any]
 """What a store says of the model it was written for; JSON values only."""
 
 _PREFIX = "alaya-tiers-"
+_LEFT = ("probe", "zarr.json.partial")
+"""What a process that was killed may leave beside the rest."""
 
 
 class Store:
@@ -110,16 +112,17 @@ class Store:
         manifest: Manifest,
         records: Mapping[str, bytes],
         files: Iterable[str],
+        saved: Iterable[str],
         run: Callable[[list[Job]], None],
     ) -> None:
-        """Make ``files``, new records and then the manifest durable; see ``alaya_tiers.commit``. Raises StoreError.
+        """Make files, new records and then the manifest durable; see ``commit.prepare``. Raises StoreError.
 
         The manifest before counts then; but if the very last steps failed, only the next opening can tell, and until
         then nothing is removed and nothing more is committed.
         """
         if self._torn:
             raise IOFailed(errno.EIO, "the last commit failed so late that only a new opening can tell how", self.path)
-        prepare(self._disk, self.path, manifest, records, files, run)
+        prepare(self._disk, self.path, manifest, records, files, saved, run)
         self._torn = True
         finish(self._disk, self.path, manifest)
         self._torn, self.manifest = False, manifest
@@ -141,6 +144,8 @@ class Store:
     def tidy(self) -> None:
         """Remove what neither the manifest nor a flushed session names: leftovers of work that came to no end."""
         collect(self._disk, self.path, self.manifest)
+        for name in set(self._disk.names(self.path)).intersection(_LEFT):
+            self.remove(os.path.join(self.path, name))
         wanted: dict[str, set[str]] = {}
         for name in self.manifest.files:
             session, folder, _ = name.split("/")
@@ -211,7 +216,7 @@ class Store:
     def _check(self) -> None:
         root, names = os.path.join(self.path, "zarr.json"), self._disk.names(self.path)
         if "zarr.json" not in names:
-            if foreign := [n for n in names if not _is_session(n) and n not in (GENERATIONS, SEGMENTS)]:
+            if foreign := [n for n in names if not _is_session(n) and n not in (GENERATIONS, SEGMENTS, *_LEFT)]:
                 raise StoreFormat(
                     errno.ENOTEMPTY,
                     f"the directory holds other files ({foreign[0]}, ...); choose an empty one",

@@ -283,7 +283,8 @@ def test_sliding_windows_are_stored_whole(tmp_path: Path) -> None:
         num_key_value_heads=2, head_dim=16, sliding_window=20, max_position_embeddings=512, eos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
-    model: Any = MistralForCausalLM(config).eval()
+    made: Any = MistralForCausalLM(config)
+    model = made.eval()
     text = prompt(1, 90)
     with opened(tmp_path) as db:
         stored(model, db, text[:, :70])
