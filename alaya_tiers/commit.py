@@ -45,7 +45,7 @@ def prepare(
     saved: Iterable[str],
     run: Callable[[list[Job]], None],
 ) -> None:
-    """All of a commit before the manifest counts. Raises StoreError; the one before counts then.
+    """Make a manifest the one that counts, up to the last sync. Raises StoreError; the one before counts then.
 
     records: of the new segments, by name. files: what else it names and was not made durable. saved: the same of files
     that ``Disk.save`` wrote: only the directories on the way to them are in doubt. run: runs jobs, all of them to their
@@ -61,16 +61,15 @@ def prepare(
     durable = {*files, *written, *groups}
     folders = {folder for file in durable.union(saved) for folder in _folders(root, file)} - {os.path.dirname(path)}
     run([_sync(disk, place) for place in sorted(durable) + sorted(folders)])
-
-
-def finish(disk: Disk, root: str, manifest: Manifest) -> None:
-    """Make a prepared manifest count. Raises StoreError; which one counts is known at the next opening then."""
-    path = _generation(root, manifest.generation)
     try:
         disk.rename(f"{path}.partial", path)
     except OSError as error:
         raise translate(error, path, "write") from error
-    _sync(disk, os.path.dirname(path))()
+
+
+def finish(disk: Disk, root: str, manifest: Manifest) -> None:
+    """Make sure of the rename. Raises StoreError; which manifest counts is known at the next opening then."""
+    _sync(disk, os.path.dirname(_generation(root, manifest.generation)))()
 
 
 def load_segment(disk: Disk, root: str, manifest: Manifest, name: str) -> Segment:

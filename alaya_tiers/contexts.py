@@ -235,10 +235,17 @@ class Contexts:
             {**old.files, **files},
         )
         shards = [engine.mover.ssd.files[number].path for number in numbers.values()]
-        engine.store.commit(manifest, records, shards, saved, partial(self._run, numbers=list(numbers.values())))
         with engine.mover.lock:
             for number in numbers.values():
                 engine.mover.ssd.keep(number)
+        try:
+            engine.store.commit(manifest, records, shards, saved, partial(self._run, numbers=list(numbers.values())))
+        except BaseException:
+            if not engine.store.torn:  # else the next opening may find that the commit succeeded, and need them
+                with engine.mover.lock:
+                    for number in numbers.values():
+                        engine.mover.garbage += engine.mover.ssd.unkeep(number)
+            raise
         self._records |= segments
         for name, segment in segments.items():
             self._adopted.keep(name, segment, held[name], numbers)

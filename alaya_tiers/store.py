@@ -54,7 +54,10 @@ class Store:
         self.session = f"session-{secrets.token_hex(4)}"
         self.model = model
         self._disk = disk
-        self._saved_groups = self._torn = False
+        self._saved_groups = False
+        self.torn = False
+        """Whether a commit failed so late that only the next opening can tell whether it did."""
+
         self._pid = os.getpid()
         if self._lock < 0:
             self._lock = self._claim()
@@ -120,12 +123,12 @@ class Store:
         The manifest before counts then; but if the very last steps failed, only the next opening can tell, and until
         then nothing is removed and nothing more is committed.
         """
-        if self._torn:
+        if self.torn:
             raise IOFailed(errno.EIO, "the last commit failed so late that only a new opening can tell how", self.path)
         prepare(self._disk, self.path, manifest, records, files, saved, run)
-        self._torn = True
+        self.torn = True
         finish(self._disk, self.path, manifest)
-        self._torn, self.manifest = False, manifest
+        self.torn, self.manifest = False, manifest
 
     def collect(self) -> None:
         """Remove records and manifests that do not count any more."""
@@ -186,7 +189,7 @@ class Store:
             return
         if self.temporary:
             shutil.rmtree(self.path, ignore_errors=True)
-        elif not self._torn:
+        elif not self.torn:
             self.tidy()
         self._disk.close(self._lock)
         self._lock = -1

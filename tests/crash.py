@@ -1,15 +1,16 @@
 """A disk that loses power: after every operation, what could be left of it.
 
-The rules are those of POSIX, read as strictly as a file system may: what is written to a file is safe once that file was
-synced, and each 512-byte sector of it may or may not be there before; what happens to a directory (a file or directory
-made, renamed or removed in it) is safe once that directory was synced, and before that the changes of one directory
-arrive in their order, those of different ones in any. A rename is in one step. Nothing else is in one step.
+The rules are those of POSIX, read as strictly as a file system may: what is written to a file is safe once that file
+was synced, and each 512-byte sector of it may or may not be there before; what happens to a directory (a file or
+directory made, renamed or removed in it) is safe once that directory was synced, and before that the changes of one
+directory arrive in their order, those of different ones in any. A rename is in one step. Nothing else is in one step.
 """
 
 import asyncio
 import errno
 import os
 import random
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -83,14 +84,19 @@ def _apply(entries: dict[str, "File | Folder"], changes: dict[str, "File | Folde
 class CrashDisk:
     """A seams.Disk in memory that can be asked what a loss of power would leave. Thread-safe.
 
-    after_each: called with this disk after every operation that changes or secures something. skip: the number of a sync
-    or rename, from 0, that is left out: a sync does nothing, a rename is a plain write of the new file.
+    after_each: called with this disk after every operation that changes or secures something. skip: the number of a
+    sync or rename, from 0, that is left out: a sync does nothing, a rename is a plain write of the new file.
     """
+
+    fail_at, always, error = -1, False, errno.EIO
+    """The number of an operation, from 0, that fails; whether all after it do too; how."""
+
+    operations = 0
 
     def __init__(self, image: Image | None = None, skip: int | None = None) -> None:
         self.root = Folder()
         self.after_each: Callable[[CrashDisk], None] = lambda disk: None
-        self.skip, self.barriers = skip, list[str]()
+        self.skip, self.barriers, self.failed = skip, list[str](), list[str]()
         self._handles: dict[int, File] = {}
         self._claimed: dict[int, str] = {}
         self._next = 3
@@ -118,6 +124,7 @@ class CrashDisk:
     # ------------------------------------------------------------------ the disk
     def open(self, path: str, *, create: bool, direct: bool) -> int:
         with self._lock:
+            self._operation()
             found = self._find(path)
             if not isinstance(found, File):
                 if not create:
@@ -130,6 +137,7 @@ class CrashDisk:
 
     def read(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
         with self._lock:
+            self._operation()
             done = 0
             for buffer in buffers:
                 part = self._handles[handle].now[offset + done : offset + done + len(buffer)]
@@ -139,6 +147,7 @@ class CrashDisk:
 
     def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
         with self._lock:
+            self._operation()
             data = b"".join(buffers)
             self._handles[handle].write(offset, data)
             self.after_each(self)
@@ -156,6 +165,7 @@ class CrashDisk:
         """In one step, whole or not at all; not durable: no caller of ours relies on that."""
         await asyncio.sleep(0)
         with self._lock:
+            self._operation()
             made = self._create(f"{path}.partial")
             made.write(0, data)
             self.after_each(self)
@@ -166,6 +176,7 @@ class CrashDisk:
 
     def remove(self, path: str) -> None:
         with self._lock:
+            self._operation()
             found = self._find(path)
             if isinstance(found, Folder):
                 for name in list(found.now):
@@ -193,6 +204,7 @@ class CrashDisk:
 
     def fetch(self, path: str, most: int) -> bytes:
         with self._lock:
+            self._operation()
             found = self._find(path)
             if not isinstance(found, File):
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -200,6 +212,7 @@ class CrashDisk:
 
     def sync(self, path: str) -> None:
         with self._lock:
+            self._operation()
             found = self._find(path)
             if found is None:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
@@ -209,6 +222,7 @@ class CrashDisk:
 
     def rename(self, old: str, new: str) -> None:
         with self._lock:
+            self._operation()
             if self._left_out(f"rename {new}"):
                 found = self._find(old)
                 assert isinstance(found, File)
@@ -221,6 +235,13 @@ class CrashDisk:
         return path
 
     # ------------------------------------------------------------------ inside
+    def _operation(self) -> None:
+        self.operations += 1
+        number = self.operations - 1
+        if number == self.fail_at or (self.always and 0 <= self.fail_at < number):
+            self.failed.append(sys._getframe(1).f_code.co_name)
+            raise OSError(self.error, os.strerror(self.error))
+
     def _left_out(self, what: str) -> bool:
         self.barriers.append(what)
         return len(self.barriers) - 1 == self.skip
