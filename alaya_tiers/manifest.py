@@ -26,6 +26,9 @@ MOST_BYTES = 256 << 20
 _MOST = 1 << 40
 """Above any count of tokens or bytes of a file there can be."""
 
+_MOST_TOKENS = 1 << 24
+"""The same of a segment."""
+
 _NAME = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"session-[0-9a-f]{8}/s\d{4,12}-\d{5,12}(-\d{1,9})?/layer_\d{3,6}")
 
@@ -255,8 +258,8 @@ def _identity(data: Any) -> Identity:
         model=_of(data, "model", str),
         weights=_of(data, "weights", str),
         dtype=_of(data, "dtype", str),
-        block_tokens=_count(data, "block_tokens", 1),
-        segment_tokens=_count(data, "segment_tokens", 1),
+        block_tokens=_count(data, "block_tokens", 1, _MOST_TOKENS),
+        segment_tokens=_count(data, "segment_tokens", 1, _MOST_TOKENS),
         lossy=_of(data, "lossy", bool),
     )
 
@@ -280,7 +283,7 @@ def _context(name: str, data: Any) -> Context:
 
 
 def _layer(data: Any, tokens: int) -> LayerBlocks:
-    heads, size = _count(data, "kv_heads", 1, 1 << 16), _count(data, "block_tokens", 1)
+    heads, size = _count(data, "kv_heads", 1, 1 << 16), _count(data, "block_tokens", 1, _MOST_TOKENS)
     runs = -(-tokens // size)
     files, where = _of(data, "files", list), _of(data, "where", list)
     if len(where) != runs or not all(type(i) is int and 0 <= i < len(files) for i in where):

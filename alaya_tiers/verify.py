@@ -15,6 +15,9 @@ from alaya_tiers.manifest import MOST_BYTES, LayerBlocks, Manifest, Segment
 from alaya_tiers.seams import Disk
 from alaya_tiers.tiers.zarr_format import shard_offsets
 
+PIECE = 1 << 20
+"""Bytes read at a time, whatever a record says the size of a block is."""
+
 
 class Damage(NamedTuple):
     """What is wrong. contexts: ids of those that need it. path: the file."""
@@ -49,6 +52,10 @@ def _layer(disk: Disk, root: str, segment: Segment, layer: LayerBlocks, tokens: 
     if not isinstance(dtype, torch.dtype):
         yield root, f"there is no dtype {layer.dtype!r}"
         return
+    blocks, odd = divmod(tokens, layer.block_tokens)
+    if odd or not 0 < layer.kv_heads * blocks <= MOST_BYTES // 16 or layer.where.size > blocks:
+        yield root, "a record speaks of blocks that do not fit its segment"
+        return
     nbytes = layer.block_tokens * Geometry(layer.kv_heads, layer.k_dim, layer.v_dim, dtype).row_bytes
     for number, folder in enumerate(layer.files):
         path = f"{root}/{folder}/c/0/0/0"
@@ -67,8 +74,7 @@ def _file(disk: Disk, path: str, layer: LayerBlocks, number: int, tokens: int, n
     try:
         for run in np.flatnonzero(layer.where == number).tolist():
             for head in range(layer.kv_heads):
-                found = _read(disk, handle, int(offsets[head, run]), nbytes)
-                if len(found) < nbytes or xxhash.xxh3_64_intdigest(found) != int(layer.digests[head, run]):
+                if _digest(disk, handle, int(offsets[head, run]), nbytes) != int(layer.digests[head, run]):
                     yield f"block {run} of head {head} is missing or damaged"
         index = shard_offsets(_read(disk, handle, offsets.size * stride, offsets.size * 16 + 4), offsets.size, nbytes)
     finally:
@@ -91,6 +97,17 @@ def _metadata(disk: Disk, path: str, segment: Segment, layer: LayerBlocks, numbe
         fits = False
     if not fits:
         yield path, "the array's metadata is missing or damaged"
+
+
+def _digest(disk: Disk, handle: int, offset: int, nbytes: int) -> int | None:
+    """The digest of a block; None if the file ends before it does."""
+    digest = xxhash.xxh3_64()
+    for at in range(0, nbytes, PIECE):
+        part = _read(disk, handle, offset + at, min(PIECE, nbytes - at))
+        if len(part) < min(PIECE, nbytes - at):
+            return None
+        digest.update(part)
+    return digest.intdigest()
 
 
 def _read(disk: Disk, handle: int, offset: int, nbytes: int) -> bytearray:
