@@ -254,6 +254,8 @@ class Session:
             state = self.layers[number] = Layer(self.engine, number, shape, k.shape[0])
         elif state.shape.geometry != geometry:
             raise InputError(f"layer {number} holds {state.shape.geometry}, the new keys and values are {geometry}")
+        if self.engine.mover.device.on_cpu and k.device.type != "cpu":
+            raise InputError(f"keys on {k.device}, but the device tier is on the CPU: say which model will run first")
         if len(state.rows) == 1 < k.shape[0]:
             state.select([0] * k.shape[0])  # one stored context, many beams or samples: they share its blocks
         if len(state.rows) != k.shape[0]:

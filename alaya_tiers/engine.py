@@ -1,6 +1,7 @@
 """Wires budgets, tiers, ledger, mover and loop together; what a session and its forks share."""
 
 import asyncio
+import itertools
 import os
 import threading
 import weakref
@@ -75,7 +76,8 @@ class Engine:
         self._loop: LoopThread | None = None
         self.partitions: Partitions | None = None
         """What the index knows, in sparse mode, from the first ``fit`` on."""
-        self._streams = 0
+        self._streams = itertools.count()
+        self._fitting = threading.Lock()  # two sessions may bring the first layer at once
         self._pid = os.getpid()
         self._buried: deque[Ids] = deque()
         self._finalizer = weakref.finalize(self, _close, self.store, None, None, None, None)
@@ -96,6 +98,10 @@ class Engine:
         """The block shape of a layer seen for the first time. Raises BudgetTooSmall, ConfigError, InputError."""
         if not storable(geometry.dtype):
             raise InputError(f"keys and values of {geometry.dtype} cannot be stored; use float32, bfloat16 or float16")
+        with self._fitting:
+            return self._fit(layer, geometry, device)
+
+    def _fit(self, layer: int, geometry: Geometry, device: torch.device) -> BlockShape:
         s = self.settings
         if self._mover is None:
             slot = round_up(s.block_tokens * geometry.row_bytes, PAGE)
@@ -123,8 +129,7 @@ class Engine:
 
     def new_stream(self) -> int:
         """A name for the blocks of one sequence, none of which another sequence writes."""
-        self._streams += 1
-        return self._streams - 1
+        return next(self._streams)
 
     def _start(self, slot_bytes: int, device: torch.device) -> None:
         s = self.settings
@@ -186,7 +191,11 @@ class Engine:
 
     def _reap(self) -> None:
         while self._buried:
-            self.release(self._buried.popleft())
+            try:
+                dead = self._buried.popleft()
+            except IndexError:  # another thread was faster
+                return
+            self.release(dead)
 
     def flush(self, contexts: Callable[[], dict[str, Any]]) -> None:
         """Write all sealed blocks, then what ``contexts`` says they make up. Raises StoreError."""

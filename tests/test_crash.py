@@ -226,6 +226,22 @@ def test_after_a_crash_at_any_operation_what_was_stored_is_whole() -> None:
     assert not problems, f"{len(problems)} of {len(recorder.found)}: {problems[0]}"
 
 
+@pytest.mark.slow
+def test_after_a_crash_while_recovering_from_a_crash_too() -> None:
+    """Opening only removes what does not count, so it may be interrupted anywhere."""
+    recorder, _ = recorded(2, upto=2)
+    some = random.Random(1).sample(list(recorder.found.values()), 40)
+    images = 0
+    for acked, image in some:
+        again, disk = Recorder(1), CrashDisk(image)
+        again.acknowledge(acked)
+        disk.after_each = again
+        Base(disk).close()
+        images += len(again.found)
+        assert not violations(again)
+    assert images > 40
+
+
 def barriers() -> list[str]:
     """Every sync and rename of the first store into a new directory."""
     _, disk = recorded(0, upto=1)

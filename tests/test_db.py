@@ -341,6 +341,32 @@ def test_sessions_in_threads_share_one_set_of_budgets(tmp_path: Path, model: Any
         assert out.equal(expected(model, ids))
 
 
+def test_sessions_that_begin_in_threads_at_once(tmp_path: Path, model: Any) -> None:
+    """Nothing was ever run on the store: the first to come makes its memory."""
+    texts = [prompt(1, 40) + n for n in range(4)]
+    failures: list[BaseException] = []
+    with opened(tmp_path, device_budget=32 * 2 * 4096) as db:
+        begin = threading.Barrier(4)
+
+        def talk(ids: Tensor) -> None:
+            try:
+                begin.wait(20)
+                stored(model, db, ids % 97)
+            except BaseException as error:
+                failures.append(error)
+
+        threads = [threading.Thread(target=talk, args=(ids,)) for ids in texts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert len(db.contexts()) == 4
+        for context in db.contexts():
+            check_kv(model, *db.export_context(context.id))
+        check(db)
+
+
 # ---------------------------------------------------------------------- who may reuse what
 
 
