@@ -29,6 +29,10 @@ class Adopted:
         self._numbers: dict[str, int] = {}  # folder of an array -> number of its file in the ssd tier
         self._blocks: dict[str, Runs] = {}  # the same -> first block id of each run in the file, or -1
 
+    def holds(self, name: str) -> bool:
+        """Whether a segment's blocks are in the ledger already."""
+        return name in self._held
+
     def hold(self, name: str, segment: Segment, device: torch.device) -> Held:
         """A segment's blocks, in the ledger until ``release``. Raises StoreError, ConfigError, InputError."""
         if name in self._held:
@@ -107,6 +111,8 @@ class Adopted:
     def release(self, name: str) -> None:
         """A segment is not stored any more."""
         for first, heads in self._held.pop(name, []):
+            if self.engine.partitions is not None:
+                self.engine.partitions.forget(first)
             self.engine.release(ids_of(first, heads))
 
     def forget(self, folder: str, nbytes: int) -> bool:

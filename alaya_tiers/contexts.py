@@ -23,6 +23,7 @@ from alaya_tiers.commit import Job, encoded
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import InputError, IOFailed, StoreCorrupt
 from alaya_tiers.identity import Identity, Tokens, common, segment_name
+from alaya_tiers.indexed import open_index, promise, save
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.manifest import Context, Entry, LayerBlocks, Manifest, Segment
 from alaya_tiers.verify import Damage
@@ -100,7 +101,7 @@ class Contexts:
             return session
         with self._lock:
             wanted = dict.fromkeys(name for names in rows for name in names)
-            held = {name: self._adopted.hold(name, self._record(name), device) for name in wanted}
+            held = {name: self._hold(name, device) for name in wanted}
             for place, number in enumerate(sorted(self._record(rows[0][0]).layers)):
                 first = [np.concatenate([held[name][place][0] for name in names]) for names in rows]
                 session.layers[number] = self._layer(number, first, length)
@@ -135,6 +136,8 @@ class Contexts:
             if new or any(i not in self.manifest.contexts for i in ids):
                 self._write_out(session, new, silent)
                 self._commit(session, root, identity, new, ids)
+        if self.engine.sparse is not None:
+            self._index(session, list(parts.values()))
         return ids
 
     def load(
@@ -158,6 +161,21 @@ class Contexts:
             if done != tokens.size:
                 raise InputError(f"keys and values of {done} tokens for {tokens.size} token ids")
             return self.store(session, tokens[None], identity, tenant)[0]
+        finally:
+            session.clear()
+
+    def index(self, context: str, say: Say = silent) -> None:
+        """Make the index of a stored context and keep it, as far as there is none. Raises InputError, StoreError.
+
+        say: told how many runs of blocks are done. It may be interrupted; what it did so far is lost then.
+        """
+        with self._lock:
+            self._known(context)
+            names = self.manifest.chain(context)
+            session = self.open([names], self.manifest.contexts[context].tokens, None, torch.device("cpu"))
+            records = [(name, self._record(name)) for name in names]
+        try:
+            self._index(session, [Part(n, 0, one.before, one.start, one.tokens) for n, one in records], say)
         finally:
             session.clear()
 
@@ -304,7 +322,34 @@ class Contexts:
                 self.engine.mover.ssd.files[number].doubtful = True
             raise
 
+    def _index(self, session: Session, parts: Sequence[Part], say: Say = silent) -> None:
+        """Keep the index of segments beside them, where it is not there yet; a failure loses nothing."""
+        store, partitions, bits = self.engine.store, self.engine.partitions, self.engine.settings.index_bits
+        session.build_index(say)
+        for part in parts:
+            held = dict(zip(sorted(session.layers), _held(session, part), strict=True))
+            blocks, heads = {n: first for n, (first, _) in held.items()}, {n: count for n, (_, count) in held.items()}
+            entry = self.manifest.segments.get(part.name)
+            path = store.index_path(part.name)
+            if entry is None or partitions is None or open_index(store.disk, path, entry.digest, bits) is not None:
+                continue
+            save(store.disk, path, entry.digest, blocks, heads, partitions)
+
     # ------------------------------------------------------------------ inside: opening
+    def _hold(self, name: str, device: torch.device) -> Held:
+        """A segment's blocks, in the ledger, and what is known of their index."""
+        segment, known = self._record(name), self._adopted.holds(name)
+        held = self._adopted.hold(name, segment, device)
+        store, partitions = self.engine.store, self.engine.partitions
+        if partitions is not None and not known:
+            digest = self.manifest.segments[name].digest
+            index = open_index(store.disk, store.index_path(name), digest, self.engine.settings.index_bits)
+            if index is not None:
+                numbers = sorted(segment.layers)
+                blocks = {n: first for n, (first, _) in zip(numbers, held, strict=True)}
+                promise(index, blocks, {n: heads for n, (_, heads) in zip(numbers, held, strict=True)}, partitions)
+        return held
+
     def _layer(self, number: int, first: list[Runs], length: int) -> Layer:
         """A layer of rows that hold these blocks."""
         made = Layer(self.engine, number, self.engine.mover.shapes[number], 0)

@@ -9,12 +9,14 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 import psutil
 import torch
+from torch import Tensor
 
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.config import Settings
@@ -23,6 +25,14 @@ from alaya_tiers.ledger import NOWHERE, UNCODABLE, Ids
 from alaya_tiers.mover import Mover
 from alaya_tiers.tiers.arena import Arena, plain_slab
 from alaya_tiers.tiers.base import Accountant
+
+
+class Source(Protocol):
+    """Codes that were made before and kept."""
+
+    def load(self, layer: int, runs: list[int]) -> Iterator[tuple[int, Tensor | None]]:
+        """The codes of some runs of a layer, uint8 [kv_heads, bytes]; None for those that cannot be believed."""
+        ...
 
 
 class Partitions:
@@ -43,6 +53,7 @@ class Partitions:
         self.seconds = 0.0
         """Time it took to make codes."""
         self._local = threading.local()
+        self._stored: dict[int, tuple[Source, int, int]] = {}  # first id of a run -> where its codes are: layer, run
 
     @property
     def full(self) -> bool:
@@ -59,6 +70,30 @@ class Partitions:
         """How blocks of a layer are coded."""
         g = shape.geometry
         return Layout(shape.tokens, g.k_dim, g.v_dim, self._settings.index_bits)
+
+    def layout_of(self, layer: int) -> Layout:
+        """The same of a layer that has blocks."""
+        return self.layout(self._mover.shapes[layer])
+
+    def promise(self, runs: Iterable[tuple[int, int]], source: Source, layer: int) -> None:
+        """Codes of runs (first block id, number in the source) need not be made: they are loaded when asked for."""
+        with self._mover.lock:
+            self._stored.update({block: (source, layer, run) for block, run in runs})
+
+    def forget(self, first: npt.NDArray[np.int64]) -> None:
+        """What was promised of these runs does not hold any more."""
+        with self._mover.lock:
+            for block in first.tolist():
+                self._stored.pop(block, None)
+
+    def export(self, ids: Ids) -> Tensor | None:
+        """A copy of the codes of one run, uint8 [kv_heads, bytes]; None where it has none."""
+        with self._mover.lock:
+            slots = self._mover.ledger.code[ids]
+            if self._arena is None or (slots < 0).any():
+                return None
+            nbytes = self.layout_of(int(self._mover.ledger.layer[ids[0]])).nbytes
+            return torch.stack([self._arena.tensor(slot)[:nbytes] for slot in slots.tolist()])
 
     def offer(self, ids: Ids) -> None:
         """Sealed blocks of one run, one a kv head: their codes will be made when there is time."""
@@ -114,8 +149,7 @@ class Partitions:
                         self._arena.give(slots)
                         book.coded(ids, UNCODABLE)
                     else:
-                        for slot, one in zip(slots.tolist(), coded, strict=True):
-                            self._arena.tensor(slot)[: layout.nbytes] = one
+                        self._fill(slots, coded, layout)
                         book.coded(ids, slots)
                 mover.give_back(book.unpin(ids))
                 waited_for = mover.waited_for
@@ -127,19 +161,58 @@ class Partitions:
     def of(self, ids: Ids) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64], object]:
         """Which columns of ``ids`` [heads, n] are coded, addresses of their codes, and what keeps them in memory.
 
-        Columns that could be coded and are not are offered again.
+        Columns whose codes were kept are loaded; those that could be coded and are not are offered again.
         """
+        missing = self._missing(ids)
+        if self._load(ids, missing):
+            missing = self._missing(ids)
+        for column in missing[:64].tolist():
+            self.offer(ids[:, column])
         with self._mover.lock:
             code = self._mover.ledger.code[ids]
             coded: npt.NDArray[np.bool_] = np.asarray((code >= 0).all(0))
-            missing = np.flatnonzero((code == NOWHERE).all(0))
             if self._arena is None or not coded.any():
-                found, held = np.empty((ids.shape[0], 0), np.int64), None
-            else:
-                found, held = self._arena.addresses(code[:, coded]), self._arena.hold()
-        for column in missing[:64].tolist():
-            self.offer(ids[:, column])
-        return coded, found, held
+                return coded, np.empty((ids.shape[0], 0), np.int64), None
+            return coded, self._arena.addresses(code[:, coded]), self._arena.hold()
+
+    def _missing(self, ids: Ids) -> npt.NDArray[np.intp]:
+        with self._mover.lock:
+            return np.flatnonzero((self._mover.ledger.code[ids] == NOWHERE).all(0))
+
+    def _load(self, ids: Ids, columns: npt.NDArray[np.intp]) -> bool:
+        """Put codes that were kept where codes are, as far as there is room; whether any were looked for."""
+        wanted: dict[tuple[Source, int], dict[int, int]] = {}
+        with self._mover.lock:
+            for column in columns.tolist() if self._stored else ():
+                if (known := self._stored.get(int(ids[0, column]))) is not None:
+                    wanted.setdefault(known[:2], {})[known[2]] = column
+        for (source, layer), runs in wanted.items():
+            for run, coded in source.load(layer, sorted(runs)):
+                one = ids[:, runs[run]]
+                with self._mover.lock:
+                    if coded is not None and not self._put(one, coded):
+                        return True
+                    self._stored.pop(int(one[0]), None)
+        return bool(wanted)
+
+    def _put(self, ids: Ids, coded: Tensor) -> bool:
+        """Keep codes of blocks that have none. False when there is no room. The lock is held."""
+        layout = self.layout_of(int(self._mover.ledger.layer[ids[0]]))
+        fits = coded.shape == (ids.size, layout.nbytes) and (
+            self._arena is None or layout.nbytes <= self._arena.slot_bytes
+        )
+        if not fits or (self._mover.ledger.code[ids] != NOWHERE).any():
+            return True
+        if (slots := self._room(layout, ids.size)) is None:
+            return False
+        self._fill(slots, coded, layout)
+        self._mover.ledger.coded(ids, slots)
+        return True
+
+    def _fill(self, slots: npt.NDArray[np.int32], coded: Tensor, layout: Layout) -> None:
+        assert self._arena is not None
+        for slot, one in zip(slots.tolist(), coded, strict=True):
+            self._arena.tensor(slot)[: layout.nbytes] = one
 
     def close(self) -> None:
         """Stop after the blocks at hand; free all codes. Twice is fine."""

@@ -95,6 +95,15 @@ class Store:
         """The record of a stored segment. Raises StoreCorrupt."""
         return load_segment(self._disk, self.path, self.manifest, name)
 
+    @property
+    def disk(self) -> Disk:
+        """Where the store is."""
+        return self._disk
+
+    def index_path(self, name: str) -> str:
+        """Where the index of a stored segment is, if it has one."""
+        return os.path.join(self.path, SEGMENTS, name, "index")
+
     def verify(self, say: Callable[[int, int], None]) -> Iterator[Damage]:
         """See ``alaya_tiers.verify``."""
         return verify(self._disk, self.path, self.manifest, say)

@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache
 from alaya_tiers.config import Settings
 from alaya_tiers.contexts import Chunk, Contexts, Say, silent
 from alaya_tiers.engine import Engine
-from alaya_tiers.errors import InputError
+from alaya_tiers.errors import ConfigError, InputError
 from alaya_tiers.hf.cache import AlayaCache, model_of, positions_of
 from alaya_tiers.hf.continuing import weights_digest
 from alaya_tiers.hf.stored import StoredCache, check_layers, see
@@ -148,6 +148,18 @@ class DB:
         """Token ids [tokens] of a context, and its keys and values, segment by segment: what import_context takes."""
         self._engine.check_open()
         return torch.from_numpy(self._contexts.tokens(context)), (kv for _, kv in self._contexts.read(context))
+
+    def build_index(self, context: str, *, say: Say = silent) -> None:
+        """Make the index of a stored context for sparse sessions, and keep it beside the context.
+
+        Sparse sessions do so when they are stored. Nothing needs it: idle time makes what is missing, for each opening
+        anew. say: told how many runs of blocks are done, of how many. Raises ConfigError in exact mode, InputError,
+        StoreError.
+        """
+        self._engine.check_open()
+        if self._engine.sparse is None:
+            raise ConfigError("an index serves sparse sessions: open the database with mode='sparse'")
+        self._contexts.index(context, say)
 
     def contexts(self) -> list[Context]:
         """What is stored, oldest first; of all tenants."""

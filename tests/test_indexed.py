@@ -1,0 +1,148 @@
+"""The index of a stored context: loaded instead of made, and made again where it cannot be believed."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alaya_tiers import DB
+from alaya_tiers.cache import Visible
+from alaya_tiers.errors import ConfigError, InputError
+from alaya_tiers.partitions import Partitions
+from tests.tiny import tiny
+
+TOKENS, LAYERS = 700, 3
+IDS = torch.randint(1, 97, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+SETTINGS: dict[str, Any] = {
+    "mode": "sparse", "device_budget": "1MiB", "host_budget": "1MiB", "block_tokens": 16, "segment_tokens": 128,
+    "sink_tokens": 16, "recent_tokens": 32, "read_rate": 1.0, "io": "buffered",
+}  # fmt: skip
+
+
+def opened(path: Path, **changes: Any) -> DB:
+    return DB(path, model=tiny(pad_token_id=None, max_position_embeddings=2048), **(SETTINGS | changes))
+
+
+@pytest.fixture
+def kv() -> list[tuple[Tensor, Tensor]]:
+    torch.manual_seed(0)
+    return [(torch.randn(1, 2, TOKENS, 16), torch.randn(1, 2, TOKENS, 16)) for _ in range(LAYERS)]
+
+
+@pytest.fixture
+def path(tmp_path: Path, kv: list[tuple[Tensor, Tensor]]) -> Path:
+    """A store with one context and its index."""
+    with opened(tmp_path / "store") as db:
+        db.import_context(IDS, kv)
+    return tmp_path / "store"
+
+
+def ask(path: Path, kv: list[tuple[Tensor, Tensor]], **changes: Any) -> Iterator[tuple[int, Partitions]]:
+    """Attends to a stored context in every layer; how many steps were sparse, and what made it so."""
+    q = 12 * torch.randn(1, 8, 1, 16)
+    with opened(path, **changes) as db:
+        session, _ = db.create_session(IDS)
+        length = session.get_seq_length()
+        for layer, (k, v) in enumerate(kv):
+            got = session.session.attention(layer, q, [Visible.all(length, 1)], 0.25)
+            k, v = (x[:, :, :length].double().repeat_interleave(4, 1) for x in (k, v))
+            want = torch.softmax(0.25 * q.double() @ k.mT, -1) @ v
+            assert float((got - want).norm() / want.norm()) < 0.02
+        use, partitions = session.stats().sparse, session.session.engine.partitions
+        assert use is not None
+        assert partitions is not None
+        yield use.steps, partitions
+
+
+def indexes(path: Path) -> list[Path]:
+    return sorted(path.glob("segments/*/index"))
+
+
+def test_an_index_is_loaded_and_not_made_again(path: Path, kv: list[tuple[Tensor, Tensor]]) -> None:
+    assert len(indexes(path)) == -(-TOKENS // 128)
+    for steps, partitions in ask(path, kv):
+        assert steps == 8 * LAYERS
+        assert partitions.seconds == 0
+        assert not partitions._queued
+
+
+def test_without_its_index_a_context_is_attended_exactly_and_indexed_anew(
+    path: Path, kv: list[tuple[Tensor, Tensor]]
+) -> None:
+    for file in indexes(path):
+        file.unlink()
+    for steps, partitions in ask(path, kv):
+        assert steps == 0
+        partitions.wait()
+        assert partitions.seconds > 0
+    with opened(path) as db:
+        said: list[tuple[int, int]] = []
+        db.build_index(db.contexts()[0].id, say=lambda done, of: said.append((done, of)))
+        assert said[-1][0] == said[-1][1] > 0
+        with pytest.raises(InputError, match="no context"):
+            db.build_index("0" * 64)
+    for steps, partitions in ask(path, kv):
+        assert steps == 8 * LAYERS
+        assert partitions.seconds == 0
+    with opened(path, mode="exact") as db, pytest.raises(ConfigError, match="sparse"):
+        db.build_index(db.contexts()[0].id)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_damaged_index_is_never_believed(path: Path, kv: list[tuple[Tensor, Tensor]], seed: int) -> None:
+    """Bytes changed anywhere, files cut, emptied, swapped, replaced by nonsense: answers stay right."""
+    rng = random.Random(seed)
+    files = indexes(path)
+    for file in files:
+        data = bytearray(file.read_bytes())
+        match rng.choice(["flip", "flip", "header", "cut", "empty", "noise", "swap"]):
+            case "flip":
+                for _ in range(20):
+                    data[rng.randrange(4096, len(data))] ^= 1 << rng.randrange(8)
+            case "header":
+                data[rng.randrange(300)] ^= 1 << rng.randrange(8)
+            case "cut":
+                del data[rng.randrange(len(data)) :]
+            case "empty":
+                data.clear()
+            case "noise":
+                data[:] = rng.randbytes(5000)
+            case _:
+                data[:] = rng.choice(files).read_bytes()
+        file.write_bytes(data)
+    for _, partitions in ask(path, kv):
+        partitions.wait()
+        assert partitions.failure is None
+
+
+def test_an_index_of_other_settings_is_not_used(path: Path, kv: list[tuple[Tensor, Tensor]]) -> None:
+    for steps, _ in ask(path, kv, index_bits=4):
+        assert steps == 0
+
+
+def test_a_small_budget_loads_what_fits(path: Path, kv: list[tuple[Tensor, Tensor]]) -> None:
+    with pytest.warns(UserWarning, match="index_budget"):
+        found = [steps for steps, _ in ask(path, kv, index_budget="48KiB")]
+    assert found[0] > 0
+
+
+def test_the_index_goes_with_its_context_and_is_no_other_blocks(path: Path, kv: list[tuple[Tensor, Tensor]]) -> None:
+    """Ids of deleted blocks are used again: what was promised of the old ones is not loaded for the new."""
+    with opened(path) as db:
+        db.create_session(IDS)
+        for context in db.contexts():
+            db.delete(context.id)
+        assert not indexes(path)
+        other = [(torch.randn_like(k), torch.randn_like(v)) for k, v in kv]
+        db.import_context(97 - IDS, other)
+        session, _ = db.create_session(97 - IDS)
+        q, length = 12 * torch.randn(1, 8, 1, 16), session.get_seq_length()
+        for layer, (k, v) in enumerate(other):
+            got = session.session.attention(layer, q, [Visible.all(length, 1)], 0.25)
+            k, v = (x[:, :, :length].double().repeat_interleave(4, 1) for x in (k, v))
+            want = torch.softmax(0.25 * q.double() @ k.mT, -1) @ v
+            assert float((got - want).norm() / want.norm()) < 0.02
