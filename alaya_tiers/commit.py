@@ -45,7 +45,7 @@ def prepare(
     saved: Iterable[str],
     run: Callable[[list[Job]], None],
 ) -> None:
-    """Make a manifest the one that counts, up to the last sync. Raises StoreError; the one before counts then.
+    """Make everything that a manifest names durable, and itself. Raises StoreError; the one before counts.
 
     records: of the new segments, by name. files: what else it names and was not made durable. saved: the same of files
     that ``Disk.save`` wrote: only the directories on the way to them are in doubt. run: runs jobs, all of them to their
@@ -61,6 +61,11 @@ def prepare(
     durable = {*files, *written, *groups}
     folders = {folder for file in durable.union(saved) for folder in _folders(root, file)} - {os.path.dirname(path)}
     run([_sync(disk, place) for place in sorted(durable) + sorted(folders)])
+
+
+def put_in_place(disk: Disk, root: str, manifest: Manifest) -> None:
+    """Make a prepared manifest the one that counts. Raises StoreError; the one before counts then."""
+    path = _generation(root, manifest.generation)
     try:
         disk.rename(f"{path}.partial", path)
     except OSError as error:
@@ -68,7 +73,7 @@ def prepare(
 
 
 def finish(disk: Disk, root: str, manifest: Manifest) -> None:
-    """Make sure of the rename. Raises StoreError; which manifest counts is known at the next opening then."""
+    """Make that durable. Raises StoreError; which manifest counts is known at the next opening then."""
     _sync(disk, os.path.dirname(_generation(root, manifest.generation)))()
 
 

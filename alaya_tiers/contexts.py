@@ -77,7 +77,7 @@ class Contexts:
                 size = self._whole(root)
                 name = segment_name(before, tokens[at : at + size])
                 if name in children[before] and at + size <= tokens.size:
-                    found, length = name, size
+                    found, length = name, self._common(name, tokens[at:])
                 else:
                     lengths = {name: self._common(name, tokens[at:]) for name in children[before]}
                     found = max(lengths, key=lambda n: lengths[n])

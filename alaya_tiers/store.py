@@ -17,9 +17,27 @@ from typing import Any
 import numpy as np
 
 from alaya_tiers.blocks import PAGE
-from alaya_tiers.commit import GENERATIONS, SEGMENTS, Job, collect, finish, load_manifest, load_segment, prepare
+from alaya_tiers.commit import (
+    GENERATIONS,
+    SEGMENTS,
+    Job,
+    collect,
+    finish,
+    load_manifest,
+    load_segment,
+    prepare,
+    put_in_place,
+)
 from alaya_tiers.config import IoMode
-from alaya_tiers.errors import IOFailed, StoreCorrupt, StoreFormat, StoreLocked, StoreMismatch, StoreUnwritable
+from alaya_tiers.errors import (
+    IOFailed,
+    StoreCorrupt,
+    StoreError,
+    StoreFormat,
+    StoreLocked,
+    StoreMismatch,
+    StoreUnwritable,
+)
 from alaya_tiers.manifest import MOST_BYTES, Manifest, Segment
 from alaya_tiers.seams import Disk
 from alaya_tiers.tiers.base import Accountant
@@ -66,8 +84,10 @@ class Store:
             self.manifest = load_manifest(disk, self.path)
             if not self.temporary:
                 self.tidy()
-        except BaseException:
+        except BaseException as error:
             disk.close(self._lock)
+            if isinstance(error, OSError):
+                raise translate(error, self.path, "read") from error.__cause__
             raise
 
     @property
@@ -136,6 +156,11 @@ class Store:
             raise IOFailed(errno.EIO, "the last commit failed so late that only a new opening can tell how", self.path)
         prepare(self._disk, self.path, manifest, records, files, saved, run)
         self.torn = True
+        try:
+            put_in_place(self._disk, self.path, manifest)
+        except StoreError:
+            self.torn = False
+            raise
         finish(self._disk, self.path, manifest)
         self.torn, self.manifest = False, manifest
 

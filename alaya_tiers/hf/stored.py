@@ -90,11 +90,16 @@ class StoredCache(AlayaCache):
         if beside is not None and self._reused:
             raise InputError(f"{beside}: a stored prefix cannot be reused then; begin with an empty AlayaCache")
         self._beside = self._beside or beside
-        if ids is None or self._ids is None or self._ids.shape[1] < length:
+        rows = 0 if ids is None or self._ids is None else max(ids.shape[0], self._ids.shape[0])
+        if (
+            ids is None
+            or self._ids is None
+            or self._ids.shape[1] < length
+            or {ids.shape[0], self._ids.shape[0]} - {1, rows}
+        ):
             self._ids = None if self._ids is None else self._ids[:, :length]
             return
         known = self._ids[:, :length].to(ids.device)
-        rows = max(ids.shape[0], known.shape[0])
         self._ids = torch.cat([known.expand(rows, -1), ids.expand(rows, -1)], 1)
 
     def close(self) -> None:
