@@ -79,7 +79,7 @@ def _prefix(build: Callable[[Tensor, int], Built], keys: Tensor, visible: int, t
     return build(keys[:visible], threads)
 
 
-BEAMS = (16, 64, 256, 1024)
+BEAMS = (64, 256, 1024, 4096)
 
 
 class _LastStep:
@@ -98,7 +98,7 @@ def _graph(keys: Tensor, threads: int) -> Built:
     graph = Graph.build(keys, threads=threads)
     beams = {beam: Graph.from_arrays(graph.arrays(), beam) for beam in BEAMS}
     searches = {f"graph, l0 {beam}": ours(each) for beam, each in beams.items()}
-    searches |= {f"graph, l0 {beam}, last step's keys": partial(_LastStep, beams[beam]) for beam in BEAMS[1:3]}
+    searches |= {f"graph, l0 {beam}, last step's keys": partial(_LastStep, beams[beam]) for beam in BEAMS[:2]}
     return Built(graph.nbytes, searches)
 
 
@@ -110,7 +110,7 @@ def _graph_prefix(keys: Tensor, visible: int, threads: int) -> Built:
         walker = Graph.from_arrays(graph.arrays(), beam)
         return lambda queries, beta: walker.walk(queries, beta, ranges=seen).found.tokens
 
-    return Built(graph.nbytes, {f"graph, l0 {beam}": partial(search, beam) for beam in BEAMS[1:]})
+    return Built(graph.nbytes, {f"graph, l0 {beam}": partial(search, beam) for beam in BEAMS[:3]})
 
 
 class _AdaptiveK:
@@ -144,7 +144,7 @@ def _hnswlib(keys: Tensor, threads: int) -> Built:
     index: Any = hnswlib.Index("ip", dim)
     index.init_index(n, M=16, ef_construction=200)
     index.add_items((keys - keys.mean(0)).numpy(), num_threads=threads)
-    return Built(index.index_file_size(), {f"hnswlib, ef {ef}": partial(_AdaptiveK, index, ef) for ef in BEAMS[1:]})
+    return Built(index.index_file_size(), {f"hnswlib, ef {ef}": partial(_AdaptiveK, index, ef) for ef in BEAMS[:3]})
 
 
 class _Faiss:
