@@ -1,6 +1,7 @@
 """The graph index: right in what it finds, as good as it says, and safe whatever its arrays hold."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import hnswlib
@@ -220,6 +221,13 @@ class TestArrays:
         assert torch.equal(again.in_range(q, BETA).tokens, graph.in_range(q, BETA).tokens)
         assert graph.nbytes == TOKENS * 32 * 4 + 4
         assert graph.neighbours.shape == (TOKENS, 32)
+
+    def test_they_may_lie_in_files(self, graph: Graph, tmp_path: Path) -> None:
+        for name, array in graph.arrays().items():
+            np.save(tmp_path / f"{name}.npy", array)
+        arrays = {name: np.load(tmp_path / f"{name}.npy", mmap_mode="r") for name in graph.arrays()}
+        again = Graph.from_arrays(arrays)
+        assert torch.equal(again.in_range(queries(3), BETA).tokens, graph.in_range(queries(3), BETA).tokens)
 
     @given(
         name=st.sampled_from(["keys", "neighbours", "entries"]),
