@@ -55,6 +55,12 @@ class SparseUse:
     error: float = 0.0
     worst_error: float = 0.0
 
+    def plus(self, other: "SparseUse") -> "SparseUse":
+        """Both together."""
+        names = {name: getattr(self, name) + getattr(other, name) for name in self.__slots__}
+        names |= {name: min(getattr(self, name), getattr(other, name)) for name in ("least", "true_least")}
+        return SparseUse(**names | {"worst_error": max(self.worst_error, other.worst_error)})
+
     def as_dict(self) -> dict[str, Any]:
         """Means, as JSON values."""
         n, m = max(1, self.steps), max(1, self.measured)

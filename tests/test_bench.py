@@ -323,8 +323,8 @@ def test_dipr_and_top_k_choose_from_the_same_weights(tmp_path: Path) -> None:
         assert abs(each["same_tokens"]["tokens"] - each["dipr"]["tokens"]) <= 0.5
         assert each["same_mass"]["mass"] >= each["dipr"]["mass"]
     one = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04], [0.6, 0.2, 0.1, 0.06, 0.04]], dtype=torch.float64)
-    compared = choice.compare({1.0: one}, 0.19)
-    assert compared.dipr.by_head[1.0] == pytest.approx((2.5, 0.85))
+    compared = choice.compare({"one": one}, 0.19)
+    assert compared.dipr.by_head["one"] == pytest.approx((2.5, 0.85))
     assert (compared.same_tokens.name, compared.same_mass.name) == ("top-2", "top-3")
     assert CliRunner().invoke(cli.app, ["bench", "choice", "--tokens", "0"]).exit_code == 2
 

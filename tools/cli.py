@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import AlayaError
 from alaya_tiers.stats import Stats
-from alaya_tiers.tools import bench, choice, heads, indexes, overhead, stored
+from alaya_tiers.tools import bench, choice, heads, indexes, overhead, quality, stored, train
 from alaya_tiers.tools import demo as demos
 
 CANCELLED, FAILED, DIFFERS = 130, 2, 1
@@ -53,6 +53,8 @@ bench.app.command("overhead")(overhead.command)
 bench.app.command("attention")(heads.command)
 bench.app.command("choice")(choice.command)
 bench.app.command("index")(indexes.command)
+bench.app.command("quality")(quality.command)
+app.command("train")(train.command)
 app.add_typer(bench.app, name="bench", epilog="Example: [bold]alaya-tiers bench decode --quick[/bold]")
 app.command("ls", epilog="Example: [bold]alaya-tiers ls contexts/[/bold]")(stored.ls)
 app.command("verify", epilog="Example: [bold]alaya-tiers verify contexts/ --json[/bold]")(stored.verify)

@@ -153,12 +153,12 @@ def prompted(start: int, prompt: Sequence[int]) -> Passage:
     return Passage(start, tuple(prompt), ())
 
 
-def load(name: str) -> tuple[Any, Any]:
+def load(name: str, dtype: torch.dtype | str = "auto") -> tuple[Any, Any]:
     """Tokenizer and model of a folder or a hub id. Raises ConfigError."""
     if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise ConfigError(f"cannot load the model: there is no folder {name}")
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
         return AutoTokenizer.from_pretrained(name), model.eval()
     except (OSError, ValueError, ImportError, KeyError) as error:
         why = " ".join(str(error).split(". ")[0].split())
