@@ -131,6 +131,9 @@ def demo(
             show_default=False,
         ),
     ] = None,
+    windowed: Annotated[
+        bool, typer.Option("--windowed", help="Read in linear time, as only the computed model can be: 1M tokens.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
 ) -> None:
     """Reads a text into a cache much larger than its memory, quotes from all over it, and checks every token.
@@ -153,6 +156,7 @@ def demo(
         chunk=chunk,
         compare=compare,
         alpha=alpha,
+        windowed=windowed,
     )
     with progress() as watcher:
         report = demos.run(options, watcher)

@@ -32,7 +32,7 @@ from alaya_tiers.errors import ConfigError, ContextTooLong
 from alaya_tiers.hf import AlayaCache
 from alaya_tiers.stats import Stats
 from alaya_tiers.tools.corpus import Passage, WordTokenizer, passages, read_text, split, stdlib_text
-from alaya_tiers.tools.quotation import build_model
+from alaya_tiers.tools.quotation import build_model, fill
 
 TOKENS = 16_384
 """Of the text, by default: with the comparison a minute or two on two cores. Exact prefill is quadratic."""
@@ -70,6 +70,8 @@ class Options:
     compare: bool | None = None
     alpha: float | None = None
     """Sparse attention to the keys with at least this share of the largest weight; None: exact attention."""
+    windowed: bool = False
+    """Read in linear time: the computed model looks back only a few tokens to make its keys and values."""
 
 
 class Watcher:
@@ -96,6 +98,8 @@ class Subject:
 
 def prepare(options: Options) -> Subject:
     """The model and text that the options ask for. Raises ConfigError, CorpusError, ContextTooLong."""
+    if options.windowed and options.model is not None:
+        raise ConfigError("only the computed model can be read to in windows: leave out --windowed or --model")
     return quotation_subject(options) if options.model is None else hub_subject(options, options.model)
 
 
@@ -310,7 +314,7 @@ def run_tiers(subject: Subject, budgets: Plan, options: Options, watcher: Watche
 
 def read_and_answer(subject: Subject, cache: DynamicCache, options: Options, watcher: Watcher) -> Run:
     """What any cache is put through."""
-    seconds = prefill(subject, cache, options.chunk, watcher)
+    seconds = prefill(subject, cache, options, watcher)
     if isinstance(cache, AlayaCache):
         cache.build_index()  # in sparse mode; what idle time has not done yet
     reading = stats_of(cache)
@@ -319,12 +323,15 @@ def read_and_answer(subject: Subject, cache: DynamicCache, options: Options, wat
 
 
 @torch.no_grad()
-def prefill(subject: Subject, cache: DynamicCache, chunk: int, watcher: Watcher) -> float:
+def prefill(subject: Subject, cache: DynamicCache, options: Options, watcher: Watcher) -> float:
     """Read the text into the cache, without the model's head; the seconds it took."""
     watcher.stage("reading" + by(cache), len(subject.ids))
     began = time.perf_counter()
-    for start in range(0, len(subject.ids), chunk):
-        part = torch.tensor([subject.ids[start : start + chunk]])
+    if options.windowed:
+        fill(subject.model, cache, subject.ids, lambda done: watcher.advance(done, stats_of(cache)))
+        return time.perf_counter() - began
+    for start in range(0, len(subject.ids), options.chunk):
+        part = torch.tensor([subject.ids[start : start + options.chunk]])
         subject.model.base_model(input_ids=part, past_key_values=cache, use_cache=True)
         watcher.advance(start + part.shape[1], stats_of(cache))
     return time.perf_counter() - began

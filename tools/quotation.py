@@ -22,7 +22,7 @@ is right wherever the last `slots` tokens occur once in the context. The KV of a
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -200,7 +200,7 @@ def write_look_back_by_content(weights: dict[str, Tensor], parts: Parts) -> None
 
 @torch.no_grad()
 def text_key_values(
-    model: LlamaForCausalLM, ids: Sequence[int] | Tensor, *, chunk_tokens: int = 1024
+    model: LlamaForCausalLM, ids: Sequence[int] | Tensor, *, chunk_tokens: int = 256
 ) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """The KV of a text in O(tokens): for each chunk one (keys, values) per layer, each (1, 1, chunk, HEAD_DIM).
 
@@ -219,3 +219,18 @@ def text_key_values(
         model.model(input_ids=tokens[None, positions], position_ids=positions[None], past_key_values=cache)
         layers: list[Any] = cache.layers
         yield [(layer.keys[:, :, start - first :], layer.values[:, :, start - first :]) for layer in layers]
+
+
+def fill(
+    model: LlamaForCausalLM,
+    cache: DynamicCache,
+    ids: Sequence[int] | Tensor,
+    say: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Put `text_key_values` into an empty cache. say: told after each chunk how many are in it."""
+    done = 0
+    for chunk in text_key_values(model, ids):
+        for layer, (keys, values) in enumerate(chunk):
+            cache.update(keys, values, layer)
+        done += chunk[0][0].shape[2]
+        say(done)

@@ -24,7 +24,7 @@ from alaya_tiers.index.plan import History
 from alaya_tiers.stats import SparseUse, TierUse
 from alaya_tiers.tools.corpus import CorpusError, Passage, WordTokenizer, passages, read_text, split, stdlib_text
 from alaya_tiers.tools.demo import PROMPT_TOKENS, SLOTS, STDLIB_BYTES_PER_TOKEN, Memory
-from alaya_tiers.tools.quotation import HEAD_DIM, build_model, text_key_values
+from alaya_tiers.tools.quotation import HEAD_DIM, build_model, fill
 
 Say = Callable[[str], None]
 
@@ -128,16 +128,6 @@ def _text(path: Path | None, tokens: int) -> tuple[str, str]:
     if len(words) < tokens:
         raise CorpusError(f"{source} has {len(words):,} words, fewer than {tokens:,}: give a longer text")
     return "".join(words), source
-
-
-def fill(model: Any, cache: DynamicCache, ids: Sequence[int], say: Callable[[int], None] = lambda done: None) -> None:
-    """Put the keys and values of a text into an empty cache, chunk by chunk."""
-    done = 0
-    for chunk in text_key_values(model, ids):
-        for layer, (keys, values) in enumerate(chunk):
-            cache.update(keys, values, layer)
-        done += chunk[0][0].shape[2]
-        say(done)
 
 
 def dense(model: Any, ids: Sequence[int]) -> DynamicCache:

@@ -1,9 +1,9 @@
 """``alaya-tiers train``: a small Llama of our own that reads books and remembers them, in minutes on a CPU.
 
 Plain `LlamaForCausalLM` (RoPE, grouped queries) on windows of books mixed with tasks of recall (`recall.py`), in
-sequences that become longer. Matrices are trained by Muon, which finds recall in far fewer steps than Adam, the rest by
-AdamW. The seed decides the initial weights and every batch, a batch by its number alone, so a run that was interrupted
-goes on from its checkpoint as if it had not been.
+sequences that become longer. Matrices are trained by Muon, the rest by AdamW. The seed decides the initial weights and
+every batch, a batch by its number alone, so a run that was interrupted goes on from its checkpoint as if it had not
+been: to the same weights on a processor, with the same number of threads.
 """
 
 import json
@@ -219,7 +219,7 @@ class Run:
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint. Raises ConfigError for one of another preset or seed."""
         found = torch.load(path, map_location=self.model.device, weights_only=True)
-        if (found["preset"], found["seed"]) != (json.loads(json.dumps(asdict(self.preset))), self.seed):
+        if (found["preset"], found["seed"]) != (asdict(self.preset), self.seed):
             raise ConfigError(f"{path} was made with another preset or seed: give those, or remove it")
         self.model.load_state_dict(found["model"])
         for (optimizer, _), state in zip(self.optimizers, found["optimizers"], strict=True):
@@ -293,7 +293,7 @@ def command(
     out: Annotated[Path, typer.Argument(help="A folder for the model.", show_default=False)],
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "small",
     seed: Annotated[int, typer.Option(min=0, help="Decides weights and batches.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or cuda (never tried).")] = "cpu",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of torch. [dim]default: torch decides[/dim]", show_default=False)
     ] = None,
