@@ -5,7 +5,8 @@ one that is computed (`quotation.py`, any length; `quoted.py` measures it). A co
 way to attend starts from its keys and values and reads what follows in single steps, told the true token after each
 (teacher-forced), since only decode steps are sparse. An answer is right if each of its tokens was the most likely one:
 greedy decoding gives it then too. DIPR (a share alpha of the largest weight) is compared with top-k at equal tokens: k
-is the mean number of keys that DIPR attended beyond the window.
+is the mean number of keys that DIPR attended beyond the window. So that this is what is compared, no layer attends
+exactly where that would be faster, as it would in use: answers in use can only be nearer to full attention.
 """
 
 import copy
@@ -29,6 +30,7 @@ from transformers import DynamicCache
 
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
+from alaya_tiers.index.plan import History
 from alaya_tiers.stats import SparseUse
 from alaya_tiers.tools import machine, quoted
 from alaya_tiers.tools.baselines import parse_contexts
@@ -68,6 +70,16 @@ class Way:
         return cls(f"top-{k}", {"mode": "sparse", "alpha": quoted.EVERYTHING, "most_selected": k})
 
 
+class NeverAll(History):
+    """A plan that never reads everything."""
+
+    def skips(self) -> bool:
+        return False
+
+    def judge(self, found: int, tokens: int) -> bool:
+        return False
+
+
 FULL, EXACT = Way("DynamicCache", None), Way("exact", {})
 
 
@@ -101,13 +113,14 @@ class Scored:
         return 0.0 if self.use is None else (self.use.attended - self.use.window) / max(1, self.use.steps)
 
     def as_dict(self, full: "Scored") -> dict[str, Any]:
-        """JSON values. lost: answers that are right with full attention and not here; gained: the other way."""
-        pairs = list(zip(full.right, self.right, strict=True))
+        """JSON values. lost: tokens that are the likeliest with full attention and not here; gained: the other way."""
+        sure = [x for answer in self.sure for x in answer]
+        pairs = list(zip((x for answer in full.sure for x in answer), sure, strict=True))
         return {
-            "task": self.task, "tokens": self.tokens, "way": self.way, "answers": len(pairs), "right": sum(self.right),
+            "task": self.task, "tokens": self.tokens, "way": self.way,
+            "answers": len(self.sure), "right": sum(self.right), "answer_tokens": len(sure), "likeliest": sum(sure),
             "lost": sum(a and not b for a, b in pairs), "gained": sum(b and not a for a, b in pairs),
             "loss": float(np.mean([x for answer in self.loss for x in answer])),
-            "accuracy": float(np.mean([x for answer in self.sure for x in answer])),
             "beyond_tokens": self.beyond, "sparse": None if self.use is None else self.use.as_dict(),
         }  # fmt: skip
 
@@ -143,6 +156,9 @@ def attending(model: Any, context: DynamicCache, way: Way) -> Iterator[DynamicCa
 def answered(model: Any, cache: DynamicCache, question: Question) -> tuple[list[float], list[bool]]:
     """Loss of each token of the answer, and whether it was the likeliest, in single steps on a fork."""
     fork, loss, sure = copy.deepcopy(cache), list[float](), list[bool]()
+    if isinstance(fork, AlayaCache):
+        for state in fork.session.layers.values():
+            state.history = NeverAll()
     tokens = [*question.prompt, *question.answer]
     for place, token in enumerate(tokens[:-1]):
         logits = model(input_ids=torch.tensor([[token]]), past_key_values=fork).logits[0, -1].float()
@@ -216,15 +232,15 @@ class Found:
 def trained_table(row: Sequence[Scored]) -> Table:
     """One task at one length."""
     full = row[0]
-    title = f"{full.task}, {full.tokens:,} tokens, {len(full.right)} answers"
+    title = f"{full.task}, {full.tokens:,} tokens, {len(full.sure)} answers of {len(full.sure[0])} tokens"
     table = Table(title=title, title_justify="left")
     table.add_column("attended by")
-    for name in ("loss", "likeliest", "right", "lost", "gained", "beyond window", "of all", "mass", "least", "error"):
+    for name in ("loss", "right", "likeliest", "lost", "gained", "beyond window", "of all", "mass", "least", "error"):
         table.add_column(name, justify="right")
     for scored in row:
         facts = scored.as_dict(full)
-        shown = [f"{facts['loss']:.4f}", f"{facts['accuracy']:.1%}", str(facts["right"]), str(facts["lost"])]
-        table.add_row(scored.way, *shown, str(facts["gained"]), *_use(facts["sparse"], scored.beyond))
+        shown = [f"{facts['loss']:.4f}", *(str(facts[name]) for name in ("right", "likeliest", "lost", "gained"))]
+        table.add_row(scored.way, *shown, *_use(facts["sparse"], scored.beyond))
     return table
 
 
@@ -232,8 +248,7 @@ def _use(use: dict[str, Any] | None, beyond: float) -> list[str]:
     if use is None or not use["steps"]:
         return ["all"]
     names = ("true_recovered_mass", "true_least_recovered_mass", "output_error")
-    mixed = f" ({use['exact_steps'] / (use['steps'] + use['exact_steps']):.0%} exact)" if use["exact_steps"] else ""
-    return [f"{beyond:,.1f}{mixed}", f"{use['attended_share']:.1%}", *(f"{use[name]:.3f}" for name in names)]
+    return [f"{beyond:,.1f}", f"{use['attended_share']:.1%}", *(f"{use[name]:.3f}" for name in names)]
 
 
 def plot(found: Found, path: Path) -> None:

@@ -20,7 +20,6 @@ from transformers import DynamicCache
 
 from alaya_tiers.config import format_bytes
 from alaya_tiers.hf import AlayaCache
-from alaya_tiers.index.plan import History
 from alaya_tiers.stats import SparseUse, TierUse
 from alaya_tiers.tools.corpus import CorpusError, Passage, WordTokenizer, passages, read_text, split, stdlib_text
 from alaya_tiers.tools.demo import PROMPT_TOKENS, SLOTS, STDLIB_BYTES_PER_TOKEN, Memory
@@ -154,8 +153,6 @@ def _continued(model: Any, cache: AlayaCache, name: str, questions: Sequence[Pas
     chosen = settings.replace(**chosen_by)
     measured = chosen.replace(measure_mass=True)
     for question in questions:
-        for state in cache.session.layers.values():
-            state.history = History()
         fork, tokens, told = copy.deepcopy(cache), [*question.prompt, *question.answer], list[int]()
         for place, token in enumerate(tokens[:-1]):
             first = place + 1 == len(question.prompt)
