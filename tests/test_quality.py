@@ -106,6 +106,19 @@ def test_generate_recalls_through_sparse_attention(subject: tuple[Any, Tasks], a
     assert use.steps > 200
 
 
+@pytest.mark.leaks("matplotlib keeps its fonts open")
+def test_plots(subject: tuple[Any, Tasks], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    sizes = {"quality": ["--quick", "--quotation", "0"], "choice": ["--tokens", "256", "--queries", "2"]}
+    for name, size in sizes.items():
+        out = tmp_path / f"{name}.png"
+        result = CliRunner().invoke(cli.app, ["bench", name, "--model", str(quality.MODEL), *size, "--plot", str(out)])
+        assert result.exit_code == 0, result.output
+        assert out.read_bytes().startswith(b"\x89PNG")
+    result = CliRunner().invoke(cli.app, ["bench", "quality", "--contexts", "0", "--plot", "a.png"])
+    assert result.exit_code == 2
+
+
 # ---------------------------------------------------------------------- tasks
 def test_what_is_known_stands_before() -> None:
     tasks = Tasks(np.arange(1000) % 97 + len(SPECIAL), 320)
@@ -237,14 +250,14 @@ def test_the_demo_reads_in_windows() -> None:
 def test_only_what_full_attention_gets_right_counts(tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text(stdlib_text(limit_bytes=20_000))
-    found = quoted.run(2500, [0.012], 2, text, None, lambda words: None)
+    found = quoted.run(2500, [0.012], 2, text, lambda words: None)
     assert (found.full, found.dense, found.asked) == (2, 2, 2)
     assert [way.right for way in found.ways] == [2, 2]
     assert all(tier.budget is None or tier.peak <= tier.budget for tier in found.tiers.values())
     assert found.ways[0].use["exact_steps"] == 0
     assert found.ways[0].use["measured_steps"] == 2 * 2 * demo.SLOTS
     with pytest.raises(CorpusError, match="fewer than"):
-        quoted.run(50_000, [0.012], 3, text, None, lambda words: None)
+        quoted.run(50_000, [0.012], 3, text, lambda words: None)
 
 
 def test_uses_add_up() -> None:

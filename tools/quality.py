@@ -288,20 +288,25 @@ def command(
         ),
     ] = None,
     text: Annotated[
-        Path | None, typer.Option(help="A text. [dim]default: what the model has not seen[/dim]", show_default=False)
+        Path | None,
+        typer.Option(
+            help="A text. [dim]default: one the model has not seen; the standard library[/dim]", show_default=False
+        ),
     ] = None,
     contexts: Annotated[str, typer.Option(help="Tokens for the trained model; 0: leave it out.")] = "1K,2K,4K",
     quotation: Annotated[str, typer.Option(help="Words for the quotation model; 0: leave it out.")] = "16K,128K",
     alphas: Annotated[str, typer.Option(help="Shares of the largest weight to try.")] = ALPHAS,
     each: Annotated[int, typer.Option(min=1, help="Contexts of each task and length.")] = 4,
     questions: Annotated[int, typer.Option(min=1, help="Questions about each.")] = 8,
-    directory: Annotated[str | None, typer.Option("--dir", help="A new directory for the SSD tier.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.", show_default=False)] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG; needs matplotlib.")] = None,
     quick: Annotated[bool, typer.Option(help="Shows that it runs, measures little.")] = False,
 ) -> None:
-    """What sparse attention loses against full attention. Example: alaya-tiers bench quality --quotation 16K,128K,1M"""
+    """What sparse attention loses against full attention. The SSD tier is where ALAYA_TIERS_DIR says.
+
+    Example: alaya-tiers bench quality --quotation 16K,128K,1M
+    """
     errors = Console(stderr=True)
     with one_line_errors(errors):
         if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
@@ -310,6 +315,8 @@ def command(
             torch.set_num_threads(threads)
         lengths, words = ([] if x == "0" else parse_contexts(x) for x in (contexts, quotation))
         shares = [_share(word) for word in alphas.split(",")]
+        if plot_file is not None and not lengths:
+            raise ConfigError("--plot draws what was measured on the trained model: give --contexts")
         if quick:
             lengths, words, shares, each, questions = lengths and [512], words and [2048], shares[:1], 1, 2
         began, folder = CpuUse.now(), MODEL if model is None else model
@@ -319,7 +326,7 @@ def command(
                 net, known = subject(folder, text)
                 found.trained = trained(net, known, lengths, shares, each, questions, status.update)
             for n in words:
-                found.quoted.append(quoted.run(n, shares, questions, text, directory, status.update))
+                found.quoted.append(quoted.run(n, shares, questions, text, status.update))
         found.cpu_of_others = CpuUse.now().others_since(began)
     console = Console(file=sys.stdout)
     for row in found.trained:

@@ -84,7 +84,7 @@ class Quoted:
 
 
 @torch.no_grad()
-def run(tokens: int, alphas: Sequence[float], count: int, text: Path | None, directory: str | None, say: Say) -> Quoted:
+def run(tokens: int, alphas: Sequence[float], count: int, text: Path | None, say: Say) -> Quoted:
     """Everything at one length, ``count`` continuations. Raises CorpusError, StoreError."""
     say(f"{tokens:,} words: preparing")
     whole, source = _text(text, tokens)
@@ -96,7 +96,7 @@ def run(tokens: int, alphas: Sequence[float], count: int, text: Path | None, dir
     if tokens <= DENSE_TOKENS:
         found.dense = sum(_all_at_once(model, dense(model, ids), q) for q in questions)
     budgets = {"device_budget": max(4 << 20, found.kv_bytes // 16), "host_budget": max(4 << 20, found.kv_bytes // 8)}
-    with Memory() as memory, AlayaCache.for_model(model, mode="sparse", path=directory, **budgets) as cache:
+    with Memory() as memory, AlayaCache.for_model(model, mode="sparse", **budgets) as cache:
         began = time.perf_counter()
         fill(model, cache, ids, lambda done: say(f"{tokens:,} words: read {done:,}"))
         cache.build_index(lambda done, of: say(f"{tokens:,} words: index {done:,} of {of:,}"))
