@@ -184,6 +184,10 @@ def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(library: 
     assert [point["loss"] for point in whole.curve] == [point["loss"] for point in again.curve]
     with pytest.raises(ConfigError, match="another preset or seed"):
         train.Run.start(preset, 4, "cpu").resume(checkpoint)
+    for damaged in (checkpoint.read_bytes()[:1000], b"", b"no checkpoint"):
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(ConfigError, match="remove it"):
+            whole.resume(checkpoint)
 
 
 def test_the_command_trains_a_model_that_the_benchmarks_take(library: Path, tmp_path: Path) -> None:

@@ -185,9 +185,8 @@ def score(model: Any, asked: Sequence[Asked], way: Way, task: str, tokens: int) 
 
 def trained(
     model: Any, tasks: Tasks, lengths: Sequence[int], alphas: Sequence[float], contexts: int, count: int, say: Say
-) -> list[list[Scored]]:
+) -> Iterator[list[Scored]]:
     """Every way on every task and length, full attention first. count: questions about a context, or tokens of text."""
-    found = []
     for number, (task, tokens) in enumerate((task, n) for task in TASKS for n in lengths):
         rng = np.random.default_rng([2, number])
         asked = []
@@ -204,8 +203,7 @@ def trained(
             row.append(score(model, asked, Way.dipr(alpha), task, tokens))
             if row[-1].use is not None and row[-1].use.steps:
                 row.append(score(model, asked, Way.top(max(1, round(row[-1].beyond))), task, tokens))
-        found.append(row)
-    return found
+        yield row
 
 
 @dataclass(slots=True)
@@ -264,7 +262,7 @@ def plot(found: Found, path: Path) -> None:
                 x = [f["sparse"]["attended_share"] for f in points]
                 y = [f["loss"] - facts[0]["loss"] for f in points]
                 place.plot(x, y, style, label=f"{kind}, {row[0].tokens:,} tokens")
-        place.set(title=task, xlabel="share of tokens attended", ylabel="loss above full attention, nats", xscale="log")
+        place.set(title=task, xlabel="share of tokens attended", ylabel="loss above full attention, nats")
         place.legend()
     figure.tight_layout()
     figure.savefig(path)
@@ -321,21 +319,25 @@ def command(
             lengths, words, shares, each, questions = lengths and [512], words and [2048], shares[:1], 1, 2
         began, folder = CpuUse.now(), MODEL if model is None else model
         found = Found(machine.describe(), folder.name, each, [], [])
+        console = Console(file=sys.stdout)
+
+        def keep(made: Table) -> None:
+            """Show and write what there is so far: all of it takes long."""
+            console.print(made)
+            found.cpu_of_others = CpuUse.now().others_since(began)
+            if json_file is not None:
+                json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+
         with errors.status("quality") as status:
             if lengths:
                 net, known = subject(folder, text)
-                found.trained = trained(net, known, lengths, shares, each, questions, status.update)
+                for row in trained(net, known, lengths, shares, each, questions, status.update):
+                    found.trained.append(row)
+                    keep(trained_table(row))
             for n in words:
                 found.quoted.append(quoted.run(n, shares, questions, text, status.update))
-        found.cpu_of_others = CpuUse.now().others_since(began)
-    console = Console(file=sys.stdout)
-    for row in found.trained:
-        console.print(trained_table(row))
-    for one in found.quoted:
-        console.print(quoted.table(one))
+                keep(quoted.table(found.quoted[-1]))
     console.print(f"Others took {found.cpu_of_others:.0%} of the cores.")
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
     if plot_file is not None:
         plot(found, plot_file)
 

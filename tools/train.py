@@ -9,6 +9,7 @@ been: to the same weights on a processor, with the same number of threads.
 import json
 import math
 import os
+import pickle
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -217,8 +218,11 @@ class Run:
         os.replace(half, path)
 
     def resume(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises ConfigError for one of another preset or seed."""
-        found = torch.load(path, map_location=self.model.device, weights_only=True)
+        """Go on from a checkpoint. Raises ConfigError for one that is damaged or of another preset or seed."""
+        try:
+            found = torch.load(path, map_location=self.model.device, weights_only=True)
+        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"cannot read {path}: remove it to begin anew") from error
         if (found["preset"], found["seed"]) != (asdict(self.preset), self.seed):
             raise ConfigError(f"{path} was made with another preset or seed: give those, or remove it")
         self.model.load_state_dict(found["model"])
