@@ -30,7 +30,6 @@ from transformers import DynamicCache
 
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
-from alaya_tiers.index.plan import History
 from alaya_tiers.stats import SparseUse
 from alaya_tiers.tools import machine, quoted
 from alaya_tiers.tools.baselines import parse_contexts
@@ -48,6 +47,9 @@ CHUNK = 512
 WINDOW: dict[str, Any] = {"block_tokens": 16, "segment_tokens": 256, "sink_tokens": 16, "recent_tokens": 32}
 """A small window, so that contexts of a few thousand tokens are attended sparsely."""
 
+SPARSE: dict[str, Any] = {"mode": "sparse", "read_rate": 1.0}
+"""Reading in order is slow, or contexts this short would be."""
+
 MODEL = Path(__file__).resolve().parent.parent / "tests" / "data" / "recall"
 """The trained model of the source tree."""
 
@@ -62,22 +64,12 @@ class Way:
     @classmethod
     def dipr(cls, alpha: float) -> "Way":
         """Keys with this share of the largest weight."""
-        return cls(f"DIPR {alpha:g}", {"mode": "sparse", "alpha": alpha})
+        return cls(f"DIPR {alpha:g}", SPARSE | {"alpha": alpha})
 
     @classmethod
     def top(cls, k: int) -> "Way":
         """The k nearest keys of every kv head."""
-        return cls(f"top-{k}", {"mode": "sparse", "alpha": quoted.EVERYTHING, "most_selected": k})
-
-
-class NeverAll(History):
-    """A plan that never reads everything."""
-
-    def skips(self) -> bool:
-        return False
-
-    def judge(self, found: int, tokens: int) -> bool:
-        return False
+        return cls(f"top-{k}", SPARSE | {"alpha": quoted.EVERYTHING, "most_selected": k})
 
 
 FULL, EXACT = Way("DynamicCache", None), Way("exact", {})
@@ -156,9 +148,6 @@ def attending(model: Any, context: DynamicCache, way: Way) -> Iterator[DynamicCa
 def answered(model: Any, cache: DynamicCache, question: Question) -> tuple[list[float], list[bool]]:
     """Loss of each token of the answer, and whether it was the likeliest, in single steps on a fork."""
     fork, loss, sure = copy.deepcopy(cache), list[float](), list[bool]()
-    if isinstance(fork, AlayaCache):
-        for state in fork.session.layers.values():
-            state.history = NeverAll()
     tokens = [*question.prompt, *question.answer]
     for place, token in enumerate(tokens[:-1]):
         logits = model(input_ids=torch.tensor([[token]]), past_key_values=fork).logits[0, -1].float()
