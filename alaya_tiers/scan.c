@@ -24,7 +24,6 @@
 
 enum { HEAD = 4, RATIO = 0, SLACK = 1, NORM = 2 };
 enum { LANES = 64, GROUP = 4, MAX_ROWS = 64 }; /* tokens coded together; rows at a time */
-enum { AHEAD = 2048 }; /* bytes of codes asked for before they are needed */
 enum { PIECE_TOKENS = 1 << 13 }; /* tokens a thread scans at a time */
 
 typedef struct {
@@ -298,11 +297,9 @@ INLINE void NAME(dots)(const uint8_t *codes, const int8_t *q, const int32_t *q_s
         __m512i c[2][4];
         UNROLL for (int g = 0; g < 4; g++) {
             const __m512i first = _mm512_loadu_si512(codes + g * 64);
-            _mm_prefetch((const char *)codes + g * 64 + AHEAD, _MM_HINT_T0);
             c[0][g] = bits == 8 ? first : _mm512_and_si512(first, low4);
             c[1][g] = bits == 8 ? _mm512_loadu_si512(codes + g * 64 + 4 * LANES)
                                 : _mm512_and_si512(_mm512_srli_epi16(first, 4), low4);
-            if (bits == 8) _mm_prefetch((const char *)codes + g * 64 + 4 * LANES + AHEAD, _MM_HINT_T0);
         }
         UNROLL for (int half = 0; half < 2; half++)
             UNROLL for (int i = 0; i < R * P; i++) {
