@@ -171,7 +171,7 @@ class TestBuilt:
         }
         assert wanted <= names
         assert {path.relative_to(root).as_posix() for path in (root / "tests").glob("*.py")} <= names
-        assert not [name for name in names if name.endswith((".so", ".pyc"))]
+        assert not [name for name in names if name.endswith((".so", ".pyc", ".safetensors"))]
 
     def test_wheel_works_from_anywhere(self, wheel: Path, dependencies: Path, root: Path, tmp_path: Path) -> None:
         ran(
