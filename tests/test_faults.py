@@ -217,7 +217,7 @@ async def spilled(sim: Sim) -> Player:
     return player
 
 
-@pytest.mark.parametrize("what", ["load", "attend", "append", "flush", "step", "read ahead"])
+@pytest.mark.parametrize("what", ["load", "attend", "append", "flush", "step", "read ahead", "write out"])
 def test_cancelled_at_any_suspension_nothing_leaks(what: str) -> None:
     for seed in range(3):
         k, reached = 1, True
@@ -240,6 +240,7 @@ def cancelled(seed: int, what: str, k: int) -> bool:
             "flush": sim.mover.flush,
             "step": player.step,
             "read ahead": lambda: sim.mover._read_ahead(player.ids(1)[:, :3].ravel()),
+            "write out": lambda: sim.mover.write_out(player.ids(0).ravel()),
         }
 
         async def loaded(ids: Any) -> None:

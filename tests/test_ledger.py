@@ -350,6 +350,31 @@ def test_the_book_grows_and_forgets_nothing() -> None:
     assert book.device.size == size, "dead ids were not reused"
 
 
+def test_adopted_blocks_are_cold_and_die_like_others() -> None:
+    book = Ledger()
+    starts, files = np.array([0, 16, 32]), np.array([7, 7, 8], np.int32)
+    offsets, digests = np.arange(6).reshape(2, 3) * 4096, np.arange(6, dtype=np.uint64).reshape(2, 3)
+    first = book.adopted(5, starts, files, offsets, digests)
+    ids = first + np.arange(2)[:, None]
+    assert book.sealed[ids].all()
+    assert not book.readable(ids.ravel()).any()
+    assert (book.file[ids] == files).all()
+    assert (book.offset[ids] == offsets).all()
+    assert (book.digest[ids] == digests).all()
+    assert (book.start[ids] == starts).all()
+    assert book.head[ids].tolist() == [[0] * 3, [1] * 3]
+    book.check_integrity()
+    book.fetching(ids[:, 1], np.array([3, 4], np.int32))
+    book.fetched(ids[:, 1])
+    freed = book.release(ids.ravel())
+    assert sorted(freed.file.tolist()) == [7] * 4 + [8] * 2
+    assert freed.host.tolist() == [3, 4]
+    assert not book.alive().size
+    again = one(book, 2)
+    assert set(again.tolist()) <= set(ids.ravel().tolist()), "dead ids were not reused"
+    book.check_integrity()
+
+
 def test_nothing_freed_is_nothing() -> None:
     book = Ledger()
     ids = one(book)

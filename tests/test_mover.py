@@ -342,6 +342,28 @@ def test_flush_writes_everything_once() -> None:
     run(Sim(0, 4, 8, dirty_limit=1.0), body)
 
 
+def test_write_out_writes_what_it_is_asked_to_wherever_it_is() -> None:
+    """Blocks of the device tier go down as there is room, pinned ones when they are let go; others may wait."""
+
+    async def body(sim: Sim) -> None:
+        player, left = await filled(sim, 5), list[int]()
+        ids, book = player.ids(0)[:, :-1].ravel(), sim.mover.ledger
+        held = ids[book.device[ids] >= 0]
+        assert held.size, "nothing is in the device tier"
+        book.pin(held)
+        writing = asyncio.get_running_loop().create_task(sim.mover.write_out(ids, left.append))
+        await asyncio.sleep(100)
+        assert not writing.done()
+        player.unpin(held)
+        await writing
+        assert (book.file[ids] >= 0).all()
+        assert left[0] >= left[-1] == 0
+        await player.attend(0)
+        await sim.finish(player)
+
+    run(Sim(0, 4, 8, dirty_limit=1.0), body)
+
+
 def test_a_failed_write_leaves_the_blocks_dirty_and_is_told_once() -> None:
     async def body(sim: Sim) -> None:
         player = await filled(sim, 5)
