@@ -63,7 +63,8 @@ class Settings:
     attention_target: seconds of attention for each new token that sparse mode aims at: what heads may select is cut to
         what fits, and the statistics tell what that left out. None = as long as the keys within reach take.
     read_rate, scan_rate, ssd_rate, pick_seconds: what the optimizer of sparse mode believes of this machine: bytes a
-        second of KV in memory, of codes, of the disk, and seconds for a key picked singly, all threads together.
+        second of KV in memory, numbers of codes, bytes of the disk, and seconds for a key picked singly, all threads
+        together.
     block_tokens: tokens of one block, a power of two.
     segment_tokens: tokens of one segment (one file per layer), a power of two, at least block_tokens.
     sink_tokens: first tokens of the context that the device tier prefers to keep.

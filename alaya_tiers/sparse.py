@@ -128,7 +128,7 @@ def _step(state: Layer, row: Row, outside: Spans, middle: Spans, layout: Layout)
     window = float(outside.count.sum() * g.row_bytes)
     cold = 1 - float(book.readable(row.first[middle.run]).mean())
     return Step(
-        window + float(middle.count.sum() * g.row_bytes), window, float(middle.run.size * layout.nbytes), g.row_bytes,
+        window + float(middle.count.sum() * g.row_bytes), window, float(middle.count.sum() * layout.dims), g.row_bytes,
         state.shape.nbytes, middle.run.size, cold,
     )  # fmt: skip
 

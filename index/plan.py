@@ -25,7 +25,8 @@ LONGEST_PAUSE = 63
 class Rates:
     """What the machine does, all threads together.
 
-    read, scan, ssd: bytes a second of K and V in memory, of codes, of the disk. pick: seconds of a key found singly.
+    read, ssd: bytes a second of K and V in memory, and from the disk. scan: numbers of codes a second, whatever their
+    bits. pick: seconds of a key found singly.
     """
 
     read: float
@@ -36,10 +37,11 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step of a layer would touch for each of its kv heads. Bytes, but for ``blocks``.
+    """What one step of a layer would touch for each of its kv heads.
 
-    everything: K and V it sees; window: of these, what is attended in any case. codes: of all it would scan. row: of
-    one token's K and V. block: of one block's; blocks: how many there are, and ``cold`` the share of them on disk.
+    everything: bytes of K and V it sees; window: of these, what is attended in any case. codes: numbers it would scan,
+    tokens x dims. row: bytes of one token's K and V; block: of one block's. blocks: how many there are, and ``cold``
+    the share of them on disk.
     """
 
     everything: float
