@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from alaya_tiers.blocks import BlockShape, Geometry
+from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import StoreCorrupt, StoreMismatch
 from alaya_tiers.ledger import Ids
@@ -53,6 +53,11 @@ class Adopted:
                     f"blocks of layer {number} have {layer.block_tokens} tokens there and {shapes[number].tokens} here",
                     engine.store.path,
                 )
+            for place, folder in enumerate(layer.files):
+                stride = round_up(shapes[number].nbytes, PAGE)
+                blocks = int(np.count_nonzero(layer.where == place)) * layer.kv_heads
+                if engine.store.manifest.files[folder] < max(1, blocks) * stride:
+                    raise StoreCorrupt(errno.EIO, "the manifest says that a file is smaller than its blocks", folder)
         with engine.mover.lock:
             self._held[name] = [
                 (self._adopt(segment, number, layer, shapes[number]), layer.kv_heads)

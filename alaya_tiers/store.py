@@ -75,7 +75,6 @@ class Store:
         self._saved_groups = False
         self.torn = False
         """Whether a commit failed so late that only the next opening can tell whether it did."""
-
         self._pid = os.getpid()
         if self._lock < 0:
             self._lock = self._claim()

@@ -465,6 +465,24 @@ def test_without_a_model_the_stores_only_one_is_meant_and_checked_when_it_runs(t
             db.create_session(text)
 
 
+def test_another_models_forward_is_refused_too(tmp_path: Path, model: Any) -> None:
+    """Also when nobody calls generate: what it computes would be stored under the first one's name."""
+    text, other = prompt(1, 30), made()
+    with torch.no_grad():
+        other.lm_head.weight += 0.1
+    with opened(tmp_path) as db, torch.no_grad():
+        stored(other, db, text)
+        session, rest = db.create_session(text, model=model)
+        assert rest.shape[1] == 30
+        with pytest.raises(ModelChanged):
+            other(input_ids=rest, past_key_values=session)
+        model(input_ids=rest, past_key_values=session)
+        with pytest.raises(ModelChanged):
+            other(input_ids=rest[:, :1], past_key_values=session)
+        db.store(session)
+        assert len(db.contexts()) == 2
+
+
 def test_models_with_state_of_their_own_are_refused(tmp_path: Path) -> None:
     with opened(tmp_path) as db:
         with pytest.raises(UnsupportedModel, match="encoder"):

@@ -141,6 +141,7 @@ HOSTILE: dict[str, Callable[[Any], Any]] = {
     "no file": lambda d: d["manifest"]["files"].clear(),
     "huge file": lambda d: d["manifest"]["files"][0].__setitem__(1, 1 << 62),
     "negative file": lambda d: d["manifest"]["files"][0].__setitem__(1, -4096),
+    "small file": lambda d: d["manifest"]["files"][0].__setitem__(1, 1),
     "float file": lambda d: d["manifest"]["files"][0].__setitem__(1, 4096.0),
     "huge generation": lambda d: d["manifest"].__setitem__("generation", 1 << 80),
     "other generation": lambda d: d["manifest"].__setitem__("generation", 2),

@@ -235,10 +235,7 @@ class AlayaCache(DynamicCache):
         if not length:
             self._ids, self._weights = prompt.ids if prompt.whole else None, weights
             return 0
-        if self._weights not in (None, weights):
-            raise ModelChanged(
-                "the cache holds keys and values of other weights than the model's now: reset() it, or make a new one"
-            )
+        self._check_weights(weights)
         new_only = f"only the new tokens with an attention_mask of {length} + n ones"
         if not prompt.whole:
             if prompt.covered is not None and prompt.covered != length + prompt.tokens:
@@ -262,6 +259,13 @@ class AlayaCache(DynamicCache):
 
     def _meet(self, model: PreTrainedModel) -> None:
         """The model that is about to fill or use the cache."""
+
+    def _check_weights(self, weights: str) -> None:
+        """Raise ModelChanged for another model than the one that filled the cache."""
+        if self._weights not in (None, weights):
+            raise ModelChanged(
+                "the cache holds keys and values of other weights than the model's now: reset() it, or make a new one"
+            )
 
     def _check_ids(self, ids: Tensor | None, length: int, new_only: str) -> None:
         """Raise InputError where a prompt does not begin with the tokens in the cache, as far as they are known."""

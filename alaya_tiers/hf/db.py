@@ -26,6 +26,10 @@ KV = DynamicCache | Sequence[tuple[Tensor, Tensor]] | Iterable[Chunk]
 """Keys and values: of a DynamicCache, layer by layer [1, kv_heads, tokens, dim], or an iterator of such in chunks."""
 
 
+Hooks = weakref.WeakKeyDictionary[PreTrainedModel, RemovableHandle]
+"""What tells us what a model runs, by model."""
+
+
 class DB:
     """Contexts in a directory, and sessions on them. One process at a time; sessions share its budgets.
 
@@ -56,7 +60,7 @@ class DB:
             self._engine.close()
             raise
         self._model, self._tenant = model, tenant
-        self._hooks: dict[int, RemovableHandle] = {}
+        self._hooks: Hooks = weakref.WeakKeyDictionary()
         weakref.finalize(self, _unhook, self._hooks).atexit = False
 
     # ------------------------------------------------------------------ sessions
@@ -231,11 +235,11 @@ class DB:
     def _meet(self, model: PreTrainedModel) -> None:
         """A model is about to run over one of our sessions: from here on that session sees its token ids."""
         self._require(model.config)
-        if id(model) not in self._hooks:
-            self._hooks[id(model)] = model.register_forward_pre_hook(see, with_kwargs=True)
+        if model not in self._hooks:
+            self._hooks[model] = model.register_forward_pre_hook(see, with_kwargs=True)
 
 
-def _unhook(hooks: dict[int, RemovableHandle]) -> None:
+def _unhook(hooks: Hooks) -> None:
     while hooks:
         hooks.popitem()[1].remove()
 

@@ -1,5 +1,6 @@
 """A session of the database: a cache that sees the token ids that run over it."""
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from alaya_tiers.cache import Session
 from alaya_tiers.contexts import Contexts
 from alaya_tiers.errors import InputError, SessionClosed, UnsupportedModel
 from alaya_tiers.hf.cache import AlayaCache, positions_of
+from alaya_tiers.hf.continuing import weights_digest
 from alaya_tiers.hf.layer import AlayaLayer
 
 TIERED = (DynamicLayer, DynamicSlidingWindowLayer)
@@ -56,14 +58,14 @@ class StoredCache(AlayaCache):
         self._beside: str | None = None
         """What went into the keys and values beside token ids, if anything did."""
         self._closed = False
+        self._ran: weakref.ref[torch.nn.Module] | None = None
+        """The model that ran last: its weights were looked at."""
 
     def known_ids(self, given: Tensor | None) -> Tensor:
         """The ids of all tokens held, int64 [rows, length]. Raises InputError where they are not known."""
-        length, rows = (
-            self.get_query_offset(),
-            max((len(state.rows) for state in self.session.layers.values()), default=0),
-        )
         self._check_open()
+        length = self.get_query_offset()
+        rows = max((len(state.rows) for state in self.session.layers.values()), default=0)
         if not length:
             raise InputError("the session is empty: run the model over it first")
         if self._beside is not None:
@@ -82,25 +84,24 @@ class StoredCache(AlayaCache):
             )
         return ids[:, :length].expand(rows, -1).contiguous()
 
-    def note(self, arguments: dict[str, Any]) -> None:
-        """A forward with these arguments is about to run. Raises InputError, SessionClosed."""
+    def note(self, model: torch.nn.Module, arguments: dict[str, Any]) -> None:
+        """A forward with these arguments is about to run. Raises InputError, ModelChanged, SessionClosed."""
         self._check_open()
+        if self._ran is None or self._ran() is not model:
+            weights = weights_digest(model)
+            self._check_weights(weights)
+            self._weights, self._ran = weights, weakref.ref(model)
         length, ids = self.get_query_offset(), arguments.get("input_ids")
         beside = _beside(arguments, length)
         if beside is not None and self._reused:
             raise InputError(f"{beside}: a stored prefix cannot be reused then; begin with an empty AlayaCache")
         self._beside = self._beside or beside
-        rows = 0 if ids is None or self._ids is None else max(ids.shape[0], self._ids.shape[0])
-        if (
-            ids is None
-            or self._ids is None
-            or self._ids.shape[1] < length
-            or {ids.shape[0], self._ids.shape[0]} - {1, rows}
-        ):
-            self._ids = None if self._ids is None else self._ids[:, :length]
+        known = self._ids
+        rows = 1 if ids is None or known is None else max(ids.shape[0], known.shape[0])
+        if ids is None or known is None or known.shape[1] < length or {ids.shape[0], known.shape[0]} - {1, rows}:
+            self._ids = None if known is None else known[:, :length]
             return
-        known = self._ids[:, :length].to(ids.device)
-        self._ids = torch.cat([known.expand(rows, -1), ids.expand(rows, -1)], 1)
+        self._ids = torch.cat([known[:, :length].to(ids.device).expand(rows, -1), ids.expand(rows, -1)], 1)
 
     def close(self) -> None:
         """Let go of all tokens. Other sessions and what is stored are not touched."""
@@ -110,6 +111,7 @@ class StoredCache(AlayaCache):
     def reset(self) -> None:
         """Forget all tokens."""
         super().reset()
+        self._ran = None
         self._ids, self._reused, self._beside = torch.empty(1, 0, dtype=torch.int64), 0, None
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -135,7 +137,7 @@ def see(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
     """A forward pre-hook of models: tells our sessions what is about to run over them."""
     cache = kwargs.get("past_key_values")
     if isinstance(cache, StoredCache):
-        cache.note({"input_ids": args[0] if args else None} | kwargs)
+        cache.note(model, {"input_ids": args[0] if args else None} | kwargs)
 
 
 def _beside(arguments: dict[str, Any], length: int) -> str | None:
