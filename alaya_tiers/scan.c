@@ -313,6 +313,35 @@ INLINE void NAME(dots)(const uint8_t *codes, const int8_t *q, const int32_t *q_s
         __m512i x = P == 1 ? sum[r][g] : _mm512_add_epi32(_mm512_slli_epi32(sum[2 * r][g], 7), sum[2 * r + 1][g]);
         _mm512_storeu_ps(out[r] + g * 16, _mm512_cvtepi32_ps(_mm512_sub_epi32(x, _mm512_set1_epi32(q_sum[r] * above))));
     }
+#elif VL == 8
+    const __m256i even = _mm256_set1_epi32(0x00ff00ff), low4 = _mm256_set1_epi8(15);
+    for (int g = 0; g < LANES; g += 16, codes += 64) {
+        __m256i sum[GROUP][2];
+        UNROLL for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm256_setzero_si256();
+        for (int64_t d = 0; d < dims; d += 4) {
+            const uint8_t *at = codes + (bits == 8 ? d / 4 : d / 8) * 4 * LANES;
+            __m256i c[2][2]; /* of 8 tokens each: numbers 0 and 2, numbers 1 and 3, in 16 bits */
+            UNROLL for (int i = 0; i < 2; i++) {
+                __m256i x = _mm256_loadu_si256((const __m256i *)(at + 32 * i));
+                if (bits == 4) x = _mm256_and_si256(d % 8 < 4 ? x : _mm256_srli_epi16(x, 4), low4);
+                c[0][i] = _mm256_and_si256(x, even), c[1][i] = _mm256_and_si256(_mm256_srli_epi16(x, 8), even);
+            }
+            UNROLL for (int r = 0; r < R; r++) {
+                const int8_t *high = q + 2 * r * dims + d, *low = high + dims;
+                UNROLL for (int odd = 0; odd < 2; odd++) {
+                    const int32_t x = P == 1 ? high[odd] : 128 * high[odd] + low[odd];
+                    const int32_t y = P == 1 ? high[odd + 2] : 128 * high[odd + 2] + low[odd + 2];
+                    const __m256i pair = _mm256_set1_epi32((int32_t)((uint32_t)y << 16 | (x & 0xffff)));
+                    UNROLL for (int i = 0; i < 2; i++)
+                        sum[r][i] = _mm256_add_epi32(sum[r][i], _mm256_madd_epi16(c[odd][i], pair));
+                }
+            }
+        }
+        UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < 2; i++) {
+            const __m256i x = _mm256_sub_epi32(sum[r][i], _mm256_set1_epi32(q_sum[r] * above));
+            _mm256_storeu_ps(out[r] + g + 8 * i, _mm256_cvtepi32_ps(x));
+        }
+    }
 #else
     for (int r = 0; r < R; r++, q += 2 * dims) {
         int32_t acc[LANES] = {0};
