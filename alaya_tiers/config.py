@@ -92,7 +92,7 @@ class Settings:
     sparse_prefill: bool = False
     attention_target: float | None = None
     read_rate: float = 30e9
-    scan_rate: float = 20e9
+    scan_rate: float = 16e9
     ssd_rate: float = 1.5e9
     pick_seconds: float = 30e-9
     block_tokens: int = 256
