@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import bench, choice, cli, machine, overhead
+from alaya_tiers.tools import bench, choice, cli, machine, overhead, ttft
 from alaya_tiers.tools.baselines import (
     COMPETITORS,
     RAM,
@@ -343,3 +343,19 @@ def test_overhead_compares_the_same_work(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(cli.app, ["bench", "overhead", "--new", "1"])
     assert wrong.exit_code == 2
     assert "--new at least 2" in wrong.output
+
+
+def test_the_first_token_of_a_stored_context(tmp_path: Path) -> None:
+    """Every way decodes the same token from the same store; loading whole reads all of it."""
+    out = tmp_path / "ttft.json"
+    command = ["ttft", "--quick", "--contexts", "2048", *SIZES, "--dir", str(tmp_path), "--json", str(out)]
+    result = CliRunner().invoke(cli.app, ["bench", *command])
+    assert result.exit_code == 0, result.output
+    found = json.loads(out.read_text())
+    row = found["rows"][0]
+    assert [way["name"] for way in row["ways"]] == list(ttft.WAYS)
+    assert row["ways"][-1]["read_bytes"] >= row["kv_bytes"]
+    assert all(way["seconds"][0] > 0 for way in row["ways"])
+    assert row["index_bytes"] > 0
+    assert not list(tmp_path.glob("bench-*"))
+    assert CliRunner().invoke(cli.app, ["bench", "ttft", "--rounds", "0"]).exit_code == 2

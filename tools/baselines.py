@@ -116,6 +116,11 @@ class Context:
         self.shape = shape
         self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(1)).to(DTYPES[shape.dtype])
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all numbers."""
+        return self._pool.dtype
+
     def write(self, out: Tensor, layer: int, start: int) -> None:
         """K and V from position ``start``, a multiple of FILL_TOKENS, into ``out`` [2, 1, kv_heads, n, head_dim]."""
         heads, tokens, width = out.shape[2:]

@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import AlayaError
 from alaya_tiers.stats import Stats
-from alaya_tiers.tools import bench, choice, heads, indexes, overhead, quality, stored, train
+from alaya_tiers.tools import bench, choice, heads, indexes, overhead, quality, stored, train, ttft
 from alaya_tiers.tools import demo as demos
 
 CANCELLED, FAILED, DIFFERS = 130, 2, 1
@@ -54,6 +54,7 @@ bench.app.command("attention")(heads.command)
 bench.app.command("choice")(choice.command)
 bench.app.command("index")(indexes.command)
 bench.app.command("quality")(quality.command)
+bench.app.command("ttft")(ttft.command)
 app.command("train")(train.command)
 app.add_typer(bench.app, name="bench", epilog="Example: [bold]alaya-tiers bench decode --quick[/bold]")
 app.command("ls", epilog="Example: [bold]alaya-tiers ls contexts/[/bold]")(stored.ls)

@@ -1,0 +1,225 @@
+"""``alaya-tiers bench ttft``: the first token from a stored context, against loading it whole and against prefill.
+
+A context is imported into a database once. Then every way starts from nothing, the page cache emptied of the store's
+files: open the store, make a session, decode one token. Loading whole is what libraries do that only offload KV: read
+everything into a DynamicCache, then decode with sdpa.
+"""
+
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import DynamicCache
+
+from alaya_tiers.config import format_bytes
+from alaya_tiers.contexts import Chunk
+from alaya_tiers.errors import ConfigError
+from alaya_tiers.hf.db import DB
+from alaya_tiers.tools import machine
+from alaya_tiers.tools.baselines import FILL_TOKENS, VOCABULARY, Context, Shape, build_model, parse_contexts
+from alaya_tiers.tools.bench import one_line_errors
+from alaya_tiers.tools.machine import Bandwidth, CpuUse
+
+Say = Callable[[str], None]
+
+WAYS = ("sparse", "exact", "load whole")
+PREFILL = 2048
+"""Tokens of a prefill, from which that of a longer context is extrapolated: at least in proportion."""
+
+
+@dataclass(slots=True)
+class Way:
+    """One way to the first token. Seconds of each round, and bytes read from the store in one."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    read_bytes: int = 0
+
+    @property
+    def median(self) -> float:
+        """Of the rounds."""
+        return statistics.median(self.seconds)
+
+
+@dataclass(slots=True)
+class Row:
+    """One context length. index_bytes: of the files beside the KV. limit: seconds to read the KV at disk speed."""
+
+    tokens: int
+    kv_bytes: int
+    index_bytes: int
+    limit: float
+    prefill: float
+    ways: list[Way]
+
+
+@dataclass(slots=True)
+class Found:
+    """All that was measured."""
+
+    shape: Shape
+    sharpness: float
+    machine: dict[str, Any]
+    disk: Bandwidth | None = None
+    cpu_of_others: float = 0.0
+    rows: list[Row] = field(default_factory=list)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        facts = {"benchmark": "ttft", "machine": self.machine, "cpu_of_others": self.cpu_of_others}
+        disk = None if self.disk is None else self.disk.as_dict()
+        shape = asdict(self.shape) | {"sharpness": self.sharpness}
+        return facts | {"shape": shape, "disk": disk, "rows": [asdict(row) for row in self.rows]}
+
+
+@torch.no_grad()
+def run(
+    shape: Shape, contexts: tuple[int, ...], rounds: int, sharpness: float, directory: str | None, say: Say
+) -> Found:
+    """Measure everything. Raises ConfigError, StoreError, OSError."""
+    began, found = CpuUse.now(), Found(shape, sharpness, machine.describe())
+    model, context = build_model(shape, max(contexts) + 2, sharpness), Context(shape)
+    model.set_attn_implementation("alaya")
+    parent = directory or os.environ.get("ALAYA_TIERS_DIR")
+    with tempfile.TemporaryDirectory(prefix="bench-alaya-", dir=parent) as folder:
+        with machine.disk_file(Path(folder), 64 << 20) as disk:
+            found.disk = machine.disk_bandwidth(disk, disk.nbytes)
+        say("prefill")
+        prefill = _prefill(model, min(PREFILL, *contexts))
+        for tokens in contexts:
+            say(f"{tokens:,} tokens: importing")
+            path = Path(folder) / str(tokens)
+            ids = torch.arange(tokens + 1)[None] % VOCABULARY
+            with DB(path, model=model, mode="sparse", index_budget=None) as db:
+                db.import_context(ids[:, :tokens], _chunks(context, tokens))
+            index = sum(file.stat().st_size for file in path.glob("segments/*/index"))
+            ways = [Way(name) for name in WAYS]
+            for number in range(rounds):
+                for way in ways:
+                    say(f"{tokens:,} tokens: {way.name}, {number + 1} of {rounds}")
+                    _empty(path)
+                    _round(way, path, model, ids)
+            kv = tokens * shape.token_bytes
+            found.rows.append(Row(tokens, kv, index, kv / found.disk.best, prefill * tokens, ways))
+    found.cpu_of_others = CpuUse.now().others_since(began)
+    return found
+
+
+def _prefill(model: Any, tokens: int) -> float:
+    """Seconds a token of a prompt takes without any stored context."""
+    began = time.perf_counter()
+    model(input_ids=torch.arange(tokens)[None] % VOCABULARY, past_key_values=DynamicCache(config=model.config))
+    return (time.perf_counter() - began) / tokens
+
+
+def _chunks(context: Context, tokens: int) -> Iterator[Chunk]:
+    shape = context.shape
+    for start in range(0, tokens, FILL_TOKENS):
+        n = min(FILL_TOKENS, tokens - start)
+        chunk = []
+        for layer in range(shape.layers):
+            kv = torch.empty(2, 1, shape.kv_heads, n, shape.head_dim, dtype=context.dtype)
+            context.write(kv, layer, start)
+            chunk.append((kv[0], kv[1]))
+        yield chunk
+
+
+def _round(way: Way, path: Path, model: Any, ids: Tensor) -> None:
+    """From an open process and a closed store to the first token."""
+    kv = (ids.shape[1] - 1) * 2 * model.config.num_key_value_heads * model.config.head_dim * model.dtype.itemsize
+    settings: dict[str, Any] = {"mode": "sparse", "index_budget": None} if way.name == "sparse" else {}
+    budget = max(64 << 20, kv * model.config.num_hidden_layers // 4)
+    began = time.perf_counter()
+    with DB(path, model=model, device_budget=64 << 20, host_budget=budget, **settings) as db:
+        if way.name == "load whole":
+            cache: Any = DynamicCache(config=model.config)
+            _, chunks = db.export_context(db.contexts()[0].id)
+            parts = [list(layer) for layer in zip(*chunks, strict=True)]
+            for layer, pieces in enumerate(parts):
+                cache.update(*(torch.cat([piece[i] for piece in pieces], 2) for i in (0, 1)), layer)
+            model.set_attn_implementation("sdpa")
+            model(input_ids=ids[:, -1:], past_key_values=cache)
+            model.set_attn_implementation("alaya")
+            way.read_bytes = db._engine.traffic.read_bytes
+        else:
+            session, rest = db.create_session(ids)
+            model(input_ids=rest, past_key_values=session)
+            way.read_bytes = session.stats().read_bytes
+        way.seconds.append(time.perf_counter() - began)
+
+
+def _empty(path: Path) -> None:
+    """Have the system forget what it holds of the store's files."""
+    for file in path.rglob("*"):
+        if file.is_file():
+            with suppress(OSError):
+                handle = os.open(file, os.O_RDONLY)
+                os.fsync(handle)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(handle)
+
+
+def table(found: Found) -> Table:
+    """What was found, for people."""
+    made = Table(title="the first token from a stored context", title_justify="left")
+    for name in ("tokens", "way", "ms", "x load whole", "x prefill", "x reading at disk speed", "KV read", "index"):
+        made.add_column(name, justify="right")
+    for row in found.rows:
+        whole = row.ways[-1].median
+        for way in row.ways:
+            ratios = (whole / way.median, row.prefill / way.median, row.limit / way.median)
+            index = format_bytes(row.index_bytes) if way.name == "sparse" else "-"
+            made.add_row(
+                f"{row.tokens:,}", way.name, f"{way.median * 1e3:.0f}", *(f"{x:.2f}" for x in ratios),
+                f"{format_bytes(way.read_bytes)} of {format_bytes(row.kv_bytes)}", index,
+            )  # fmt: skip
+    s, m = found.shape, found.machine
+    speed = 0.0 if found.disk is None else found.disk.best / 1e6
+    made.caption_justify = "left"
+    made.caption = (
+        f"{s.layers} layers, {s.heads}/{s.kv_heads} heads x {s.head_dim}, {s.dtype}, scores' standard deviation "
+        f"{found.sharpness:g}; prefill extrapolated in proportion from {PREFILL:,} tokens. Disk {speed:.0f} MB/s. "
+        f"{m['cpu']}, {m['cores']} cores; others took {found.cpu_of_others:.0%} of the cores."
+    )
+    return made
+
+
+def command(
+    contexts: Annotated[str, typer.Option(help="Context lengths.")] = "8K,32K,128K",
+    rounds: Annotated[int, typer.Option(help="How often each way runs.")] = 3,
+    sharpness: Annotated[float, typer.Option(help="Standard deviation of scores; 6 is a sharp head.")] = 6.0,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    layers: int = 8,
+    hidden: int = 512,
+    heads: int = 16,
+    kv_heads: int = 4,
+    head_dim: int = 64,
+    directory: Annotated[str | None, typer.Option("--dir", help="A directory on the disk to measure.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
+    quick: Annotated[bool, typer.Option(help="Shows that it runs, measures nothing.")] = False,
+) -> None:
+    """First token from a stored context, against loading it whole. Example: alaya-tiers bench ttft --contexts 32K"""
+    errors = Console(stderr=True)
+    with one_line_errors(errors):
+        lengths = parse_contexts(contexts)
+        if min(*lengths, rounds) < 1 or not 0 < sharpness < 100:
+            raise ConfigError("--contexts, --rounds and --sharpness must be positive")
+        shape = Shape(layers, hidden, heads, kv_heads, head_dim, dtype)
+        with errors.status("disk and model") as status:
+            found = run(shape, lengths, 1 if quick else rounds, sharpness, directory, status.update)
+    Console(file=sys.stdout).print(table(found))
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
