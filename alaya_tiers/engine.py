@@ -77,7 +77,7 @@ class Engine:
         self.partitions: Partitions | None = None
         """What the index knows, in sparse mode, from the first ``fit`` on."""
         self._streams = itertools.count()
-        self._fitting = threading.Lock()  # two sessions may bring the first layer at once
+        self._fitting = threading.RLock()  # two sessions may bring the first layer at once, or one while another closes
         self._pid = os.getpid()
         self._buried: deque[Ids] = deque()
         self._finalizer = weakref.finalize(self, _close, self.store, None, None, None, None)
@@ -99,6 +99,7 @@ class Engine:
         if not storable(geometry.dtype):
             raise InputError(f"keys and values of {geometry.dtype} cannot be stored; use float32, bfloat16 or float16")
         with self._fitting:
+            self.check_open()
             return self._fit(layer, geometry, device)
 
     def _fit(self, layer: int, geometry: Geometry, device: torch.device) -> BlockShape:
@@ -385,7 +386,11 @@ class Engine:
 
     def close(self) -> None:
         """Finish what is in flight, give back all memory, remove what nobody can read later. Twice is fine."""
-        self._finalizer()
+        if os.getpid() != self._pid:  # the lock may be held by a thread that this process does not have
+            self._finalizer()
+            return
+        with self._fitting:
+            self._finalizer()
 
     @property
     def closed(self) -> bool:

@@ -146,6 +146,14 @@ def _left(before: set[str], now: Callable[[], set[str]]) -> set[str]:
     return new
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Temporary stores go where no other process's are: what those left would be removed in the middle of a test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ALAYA_TIERS_DIR", str(tmp_path_factory.mktemp("stores")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _no_leaks(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails a test after which more files or threads are open than before; @pytest.mark.leaks("why") lets it be."""

@@ -1,5 +1,6 @@
 """Sparse mode: the window and what matters exactly, the rest estimated; whatever is missing is attended exactly."""
 
+import contextlib
 import copy
 import math
 import random
@@ -400,6 +401,32 @@ def test_closing_while_another_thread_works(mode: str) -> None:
         except SessionClosed:
             pass
         closer.join()
+
+
+@pytest.mark.parametrize("mode", ["exact", "sparse"])
+def test_closing_while_the_first_layer_comes(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A close that falls into the making of the tiers is not forgotten: the cache does not come back to life."""
+    cache = AlayaCache(**(SIZES | ROOM | {"mode": mode}))
+    engine, begun = cache.session.engine, threading.Event()
+    start = engine._start
+
+    def slow(*arguments: Any) -> None:
+        closer.start()
+        begun.wait(0.2)
+        start(*arguments)
+
+    def close() -> None:
+        cache.close()
+        begun.set()
+
+    closer = threading.Thread(target=close)
+    monkeypatch.setattr(engine, "_start", slow)
+    with contextlib.suppress(SessionClosed):
+        cache.session.update(0, *kv(100))
+    closer.join()
+    assert engine.closed
+    with pytest.raises(SessionClosed):
+        cache.session.update(0, *kv(100))
 
 
 def test_settings_that_make_no_sense() -> None:
