@@ -52,7 +52,8 @@ class Settings:
     ssd_budget: bytes of KV on disk; None = as much as the disk has.
     mode: "exact" (tokens identical to DynamicCache) or "sparse" (decoding attends to the keys that matter and
         estimates the rest; prefill is exact).
-    alpha: sparse mode attends to every key with at least this share of the largest weight (DIPR).
+    alpha: sparse mode attends to every key with at least this share of the largest weight (DIPR). The paper's 0.012 is
+        faster, and its output error several times as large: docs/benchmarks.md.
     recent_tokens: last tokens of the context that sparse mode always attends to, beside sink_tokens first ones.
     most_selected: at most so many keys for each kv head beyond these; None = as many as are near enough.
     index_bits: bits of each number of a coded key, 4 or 8.
@@ -82,7 +83,7 @@ class Settings:
     host_budget: int = 2 << 30
     ssd_budget: int | None = None
     mode: Mode = "exact"
-    alpha: float = 0.012
+    alpha: float = 0.001
     recent_tokens: int = 512
     most_selected: int | None = None
     index_bits: int = 8
@@ -94,7 +95,7 @@ class Settings:
     read_rate: float = 30e9
     scan_rate: float = 16e9
     ssd_rate: float = 1.5e9
-    pick_seconds: float = 30e-9
+    pick_seconds: float = 100e-9
     block_tokens: int = 256
     segment_tokens: int = 8192
     sink_tokens: int = 256

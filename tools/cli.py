@@ -128,7 +128,7 @@ def demo(
     alpha: Annotated[
         float | None,
         typer.Option(
-            help="Answer by sparse attention: to keys with this share of the largest weight, e.g. 0.012.",
+            help="Answer by sparse attention: to keys with this share of the largest weight, e.g. 0.001.",
             show_default=False,
         ),
     ] = None,

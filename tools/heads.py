@@ -51,7 +51,7 @@ class Plan:
     head_dim: int = 64
     layers: int = 4
     dtype: str = "fp32"
-    alpha: float = 0.012
+    alpha: float = 0.001
     bits: int = 8
     sure: float = 3.0
     most: int | None = None
@@ -281,7 +281,7 @@ def _quality(use: dict[str, Any]) -> list[str]:
 
 def command(
     contexts: Annotated[str, typer.Option(help="Context lengths.")] = "32K,128K",
-    alpha: Annotated[float, typer.Option(help="Keys with this share of the largest weight are attended.")] = 0.012,
+    alpha: Annotated[float, typer.Option(help="Keys with this share of the largest weight are attended.")] = 0.001,
     bits: Annotated[int, typer.Option(help="Of a coded number: 4 or 8.")] = 8,
     sure: Annotated[float, typer.Option(help="Deviations allowed for; 0: provably complete.")] = 3.0,
     most: Annotated[int | None, typer.Option(help="Keys a kv head at most.")] = None,
