@@ -5,6 +5,7 @@ AlayaError
 │   └── BudgetTooSmall                  a tier cannot hold even the working set; names the smallest budget that works
 ├── InputError (ValueError)             the call's tensors do not fit the session; the session is unchanged
 │   └── ContextTooLong                  more tokens than the model has positions; nothing was appended
+├── TraceError (ValueError)             a request trace cannot be read; names the file and the line
 ├── UnsupportedModel (NotImplementedError)   the model's attention would come out wrong; refused before it runs
 ├── ModelChanged (RuntimeError)         the cache was filled by a model with other weights; nothing was run
 ├── StaleHandle (RuntimeError)          keys or values of an earlier step were used after the cache moved on
@@ -48,6 +49,17 @@ class InputError(AlayaError, ValueError):
 
 class ContextTooLong(InputError):
     """More tokens than the model has positions; nothing was appended."""
+
+
+class TraceError(AlayaError, ValueError):
+    """A request trace is malformed, truncated, out of order or empty.
+
+    Attributes: path, line (of the file; None when the file as a whole is meant).
+    """
+
+    def __init__(self, path: str, line: int | None, problem: str) -> None:
+        self.path, self.line = path, line
+        super().__init__(f"{path}{'' if line is None else f', line {line}'}: {problem}")
 
 
 class UnsupportedModel(AlayaError, NotImplementedError):
