@@ -28,7 +28,7 @@ class Shape:
 
     def __post_init__(self) -> None:
         sizes = (self.layers, self.hidden, self.heads, self.kv_heads, self.head_dim, self.intermediate, self.vocab)
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in sizes):
+        if any(type(n) is not int or n < 1 for n in sizes):
             raise ConfigError(f"the sizes of model {self.name} must be integers above 0, got {sizes}")
 
     @property

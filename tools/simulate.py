@@ -4,7 +4,7 @@ import json
 import re
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -213,38 +213,48 @@ def command(
         "times_real_time_a_run": sum(run.counts.ended for run in runs) / wall,
     }
     if as_json:
-        what = {"traces": [str(p) for p in traces], "model": asdict(shape), "token_bytes": shape.token_bytes}
-        settings = what | {"block_tokens": trace.block_tokens, "seed": seed, "session_gap": session_gap, "slack": slack}
-        print(json.dumps(settings | {"runs": [run.as_dict() for run in runs], "speed": speed}, indent=2))
+        report: dict[str, Any] = {
+            "traces": [str(p) for p in traces],
+            "model": asdict(shape),
+            "token_bytes": shape.token_bytes,
+        }
+        report |= {"block_tokens": trace.block_tokens, "seed": seed, "session_gap": session_gap, "slack": slack}
+        print(json.dumps(report | {"runs": [run.as_dict() for run in runs], "speed": speed}, indent=2))
         return
     out = Console()
     varied = sweep.partition("=")[0].strip().replace("-", "_") if sweep else None
-    out.print(table(runs, varied))
+    out.print(table(runs, varied, outcome))
+    out.print()
+    out.print(table(runs, varied, traffic))
     first = runs[0].counts
-    out.print(
-        f"{first.requests:,} requests, {first.tokens:,} tokens of {shape.name} ({format_bytes(shape.token_bytes)} each), "
-        f"{first.ended / 3600:,.1f} h in {wall:,.1f} s: {speed['times_real_time']:,.0f} times real time for all, "
-        f"{speed['times_real_time_a_run']:,.0f} a run.",
-        style="dim",
-    )
+    what = f"{first.requests:,} requests, {first.tokens:,} tokens, {format_bytes(shape.token_bytes)} of KV each"
+    times = f"{speed['times_real_time']:,.0f} times real time for all, {speed['times_real_time_a_run']:,.0f} a run"
+    out.print(f"\n{shape.name}: {what}. {first.ended / 3600:,.1f} h in {wall:,.1f} s: {times}.", style="dim")
 
 
-def table(runs: list[Run], varied: str | None) -> Table:
+def outcome(row: dict[str, Any]) -> dict[str, str]:
+    """What a user of the machine sees."""
+    ttft = {f"TTFT {name}": f"{seconds:,.2f} s" for name, seconds in row["ttft_seconds"].items() if name != "mean"}
+    hits = {f"{tier} hits": f"{row['hit_rate'][tier]:.1%}" for tier in TIERS}
+    return ttft | hits | {"saved": f"{row['prefill_saved']:.1%}"}
+
+
+def traffic(row: dict[str, Any]) -> dict[str, str]:
+    """What the machine had to do."""
+    moved = {"ssd read": "ssd_to_host", "to device": "host_to_device", "to host": "device_to_host"}
+    seconds = {name: f"{row[f'{name}_seconds']:,.0f} s" for name in ("queue", "stall")}
+    bytes_moved = {name: format_bytes(row["moved_bytes"][key]) for name, key in moved.items()}
+    return seconds | bytes_moved | {"ssd written a day": format_bytes(row["ssd_written_bytes_per_day"])}
+
+
+def table(runs: list[Run], varied: str | None, cells: Callable[[dict[str, Any]], dict[str, str]]) -> Table:
     """One line a run."""
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    heads = ["TTFT p50", "p90", "p99", "device", "host", "ssd hits", "saved", "queue", "stall", "read", "ssd/day"]
-    for name in [*([varied.replace("_", "-")] if varied else []), "policy"]:
-        shown.add_column(name, no_wrap=True)
-    for name in heads:
-        shown.add_column(name, justify="right")
+    heads = [varied.replace("_", "-")] if varied else []
+    for name in (*heads, "policy", *cells(runs[0].as_dict())):
+        shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=name in ("policy", *heads))
     for run in runs:
-        row, cells = run.as_dict(), []
-        if varied:
-            value = getattr(run.machine, varied)
-            cells = [f"{value:,}" if varied in ("servers", "flops") else format_bytes(value)]
-        cells += [run.policy, *(f"{row['ttft_seconds'][p]:.2f} s" for p in ("p50", "p90", "p99"))]
-        cells += [f"{row['hit_rate'][tier]:.1%}" for tier in TIERS]
-        cells += [f"{row['prefill_saved']:.1%}", f"{row['queue_seconds']:,.0f} s", f"{row['stall_seconds']:,.0f} s"]
-        cells += [format_bytes(row["moved_bytes"]["ssd_to_host"]), format_bytes(row["ssd_written_bytes_per_day"])]
-        shown.add_row(*cells)
+        value = getattr(run.machine, varied) if varied else None
+        start = [] if value is None else [f"{value:,}" if varied in ("servers", "flops") else format_bytes(value)]
+        shown.add_row(*start, run.policy, *cells(run.as_dict()).values())
     return shown

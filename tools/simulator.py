@@ -54,12 +54,12 @@ class Machine:
 
     def __post_init__(self) -> None:
         for name in ("device_memory", "host_memory", "ssd"):
-            if not isinstance(size := getattr(self, name), int) or size < 0:
+            if type(size := getattr(self, name)) is not int or size < 0:
                 raise ConfigError(f"{name} is a number of bytes, at least 0, got {size!r}")
         for name in ("ssd_read", "ssd_write", "pcie", "flops"):
             if not isinstance(rate := getattr(self, name), int | float) or not 0 < rate < float("inf"):
                 raise ConfigError(f"{name} is a rate above 0, got {rate!r}")
-        if not isinstance(self.servers, int) or self.servers < 1:
+        if type(self.servers) is not int or self.servers < 1:
             raise ConfigError(f"servers must be at least 1, got {self.servers!r}")
         if 0 < self.ssd < self.host_memory:
             raise ConfigError(
@@ -71,7 +71,8 @@ class Machine:
 class Channel:
     """Moves one thing at a time: demand in the order it is asked for; in the gaps, what is written behind.
 
-    Demand interrupts write-behind at once, which goes on where it was.
+    Demand interrupts write-behind at once, which goes on where it was. Times never go back from call to call, and
+    ``written(now)`` comes before anything else that happens at ``now``.
     """
 
     def __init__(self) -> None:
@@ -93,14 +94,14 @@ class Channel:
         return self.free
 
     def write_behind(self, ids: Iterable[int], each: float) -> None:
-        """To be written when nothing else is to do, ``each`` seconds a block. Call ``written`` first."""
+        """To be written when nothing else is to do, ``each`` seconds a block."""
         if not self._behind:
             self._left = each
         self._each = each
         self._behind.extend(ids)
 
     def written(self, now: float) -> list[int]:
-        """What was written in the gaps until now. Times never go back from call to call."""
+        """What was written in the gaps until now."""
         done, at = [], max(self._clock, min(self.free, now))
         while self._behind and at + self._left <= now:
             at += self._left

@@ -182,7 +182,10 @@ def _session(name: str, text: bytes) -> tuple[int, list[Request]]:
                 raise ValueError(f"it comes {last - began:g} s before the one above; sort by t")
             last = began
             nested = entry.get("type") == "subagent"
-            for one in _fields(entry, "requests")[0] if nested else [entry]:
+            group = _fields(entry, "requests")[0] if nested else [entry]
+            if not isinstance(group, list):
+                raise ValueError("requests must be a list")
+            for one in group:
                 time, tokens, output, ids = _fields(one, "t", "in", "out", "hash_ids")
                 time = _number(time, "t", 0) + (began if nested else 0.0)
                 if tokens:  # a request that failed is recorded with none
