@@ -13,9 +13,10 @@ import pytest
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.policies import Lru, Scan, Window
 from alaya_tiers.tools import simulate, simulator
+from alaya_tiers.tools.hardware import Channel, Machine
 from alaya_tiers.tools.limits import Future
 from alaya_tiers.tools.shapes import Shape
-from alaya_tiers.tools.simulator import Channel, Counts, Machine, Simulator
+from alaya_tiers.tools.simulator import Counts, Simulator
 from alaya_tiers.tools.traces import Request, Trace
 from tests.test_cli import call
 from tests.test_traces import TRACES, chat

@@ -18,9 +18,10 @@ from rich.table import Table
 from alaya_tiers.config import format_bytes, parse_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.policies import EVICTION, EvictionPolicy, Window, by_name
+from alaya_tiers.tools.hardware import Machine
 from alaya_tiers.tools.limits import Future
 from alaya_tiers.tools.shapes import NAMED, Shape, shape_of
-from alaya_tiers.tools.simulator import TIERS, Counts, Machine, Simulator
+from alaya_tiers.tools.simulator import TIERS, Counts, Simulator
 from alaya_tiers.tools.traces import FORMATS, Request, Trace, open_trace
 
 QUICK = 500
@@ -103,7 +104,10 @@ def profile(path: Path | None) -> dict[str, Any]:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read a machine from {path}: {error}") from error
-    return {name.replace("-", "_"): value for name, value in data.get("machine", data).items()}
+    settings = data.get("machine", data)
+    if not isinstance(settings, dict):
+        raise ConfigError(f"cannot read a machine from {path}: [machine] must be a table")
+    return {name.replace("-", "_"): value for name, value in settings.items()}
 
 
 def swept(machine: Machine, sweep: str | None) -> list[Machine]:
