@@ -124,6 +124,9 @@ class Session:
                     state, row, self._grouped(state, q[r, :, done:]), seen, scale, softcap, latent=latent
                 )
                 out[r, :, done:] = _with_sinks(part, sinks).out.view(heads, n - done, v_dim)
+        if self.engine.partitions is not None:
+            for row in state.rows:
+                self.engine.partitions.want(state.ids(row.first[: state.length // state.shape.tokens]))
         if n * heads <= FEW_ROWS * state.shape.geometry.kv_heads:
             state.history.measured = self.engine.clock.monotonic() - began
         return out

@@ -26,6 +26,9 @@ from alaya_tiers.mover import Mover
 from alaya_tiers.tiers.arena import Arena, plain_slab
 from alaya_tiers.tiers.base import Accountant
 
+MOST_WANTED = 64
+"""Runs of blocks that one attention offers."""
+
 
 class Source(Protocol):
     """Codes that were made before and kept."""
@@ -108,6 +111,20 @@ class Partitions:
                 self._thread.start()
             self._ready.notify_all()
 
+    def want(self, ids: Ids) -> None:
+        """Offer columns of ``ids`` [heads, n] that are in memory, as what attention has just read, and have no codes.
+
+        Those whose codes were kept are loaded when they are asked for.
+        """
+        missing = self._missing(ids)
+        if not missing.size or self.full:
+            return
+        with self._mover.lock:
+            here = missing[self._mover.ledger.readable(ids[:, missing]).all(0)]
+            here = here[[int(first) not in self._stored for first in ids[0, here]]] if self._stored else here
+        for column in here[:MOST_WANTED].tolist():
+            self.offer(ids[:, column])
+
     def wait(self) -> None:
         """Until everything offered so far was tried."""
         with self._ready:
@@ -161,13 +178,9 @@ class Partitions:
     def of(self, ids: Ids) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64], object]:
         """Which columns of ``ids`` [heads, n] are coded, addresses of their codes, and what keeps them in memory.
 
-        Columns whose codes were kept are loaded; those that could be coded and are not are offered again.
+        Columns whose codes were kept are loaded.
         """
-        missing = self._missing(ids)
-        if self._load(ids, missing):
-            missing = self._missing(ids)
-        for column in missing[:64].tolist():
-            self.offer(ids[:, column])
+        self._load(ids, self._missing(ids))
         with self._mover.lock:
             code = self._mover.ledger.code[ids]
             coded: npt.NDArray[np.bool_] = np.asarray((code >= 0).all(0))
@@ -179,8 +192,8 @@ class Partitions:
         with self._mover.lock:
             return np.flatnonzero((self._mover.ledger.code[ids] == NOWHERE).all(0))
 
-    def _load(self, ids: Ids, columns: npt.NDArray[np.intp]) -> bool:
-        """Put codes that were kept where codes are, as far as there is room; whether any were looked for."""
+    def _load(self, ids: Ids, columns: npt.NDArray[np.intp]) -> None:
+        """Put codes that were kept where codes are, as far as there is room."""
         wanted: dict[tuple[Source, int], dict[int, int]] = {}
         with self._mover.lock:
             for column in columns.tolist() if self._stored else ():
@@ -191,9 +204,8 @@ class Partitions:
                 one = ids[:, runs[run]]
                 with self._mover.lock:
                     if coded is not None and not self._put(one, coded):
-                        return True
+                        return
                     self._stored.pop(int(one[0]), None)
-        return bool(wanted)
 
     def _put(self, ids: Ids, coded: Tensor) -> bool:
         """Keep codes of blocks that have none. False when there is no room. The lock is held."""

@@ -353,6 +353,7 @@ def test_any_set_of_ranges_is_all_that_is_seen(mode: str, room: dict[str, Any]) 
             assert used(cache).true_recovered / used(cache).measured > 0.9
         nothing = cache.session.attention(0, q, [Visible.only([], 1)], 0.25)
         assert not nothing.any()
+        wait(cache)
         assert cache.session.engine.mover.ledger.pinned_count() == 0
     for bad in ((-1, 5), (7, 6)):
         with pytest.raises(InputError, match="no range"):
