@@ -2,7 +2,8 @@
 
 AlayaError
 ├── ConfigError (ValueError)            a setting makes no sense; nothing was opened or changed
-│   └── BudgetTooSmall                  a tier cannot hold even the working set; names the smallest budget that works
+│   ├── BudgetTooSmall                  a tier cannot hold even the working set; names the smallest budget that works
+│   └── OtherMachine                    a profile was measured on another machine than this
 ├── InputError (ValueError)             the call's tensors do not fit the session; the session is unchanged
 │   └── ContextTooLong                  more tokens than the model has positions; nothing was appended
 ├── TraceError (ValueError)             a request trace cannot be read; names the file and the line
@@ -41,6 +42,10 @@ class BudgetTooSmall(ConfigError):
             f"the {tier} budget of {budget:,} bytes is too small: {why}. "
             f"Give {tier}_budget={smallest} or more, or a smaller block_tokens."
         )
+
+
+class OtherMachine(ConfigError):
+    """A profile was measured on another machine than this; nothing was reckoned with it."""
 
 
 class InputError(AlayaError, ValueError):

@@ -18,6 +18,7 @@ from rich.table import Table
 from alaya_tiers.config import format_bytes, parse_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.policies import EVICTION, EvictionPolicy, Window, by_name
+from alaya_tiers.tools import profile
 from alaya_tiers.tools.hardware import Machine
 from alaya_tiers.tools.limits import Future
 from alaya_tiers.tools.shapes import NAMED, Shape, shape_of
@@ -96,7 +97,7 @@ def machine_of(values: dict[str, Any]) -> Machine:
     return Machine(**readable)
 
 
-def profile(path: Path | None) -> dict[str, Any]:
+def described(path: Path | None) -> dict[str, Any]:
     """The settings of a machine's TOML file. Raises ConfigError."""
     if path is None:
         return {}
@@ -175,6 +176,10 @@ def command(
     policy: Annotated[str, typer.Option(help=f"Of {', '.join([*POLICIES, BELADY])}, with commas.")] = "lru,scan,belady",
     sweep: Annotated[str | None, typer.Option(help="One setting of the machine, e.g. host-memory=16GiB,64GiB.")] = None,
     machine: Annotated[Path | None, typer.Option(help="A TOML file with the settings below.")] = None,
+    profile_file: Annotated[
+        Path | None, typer.Option("--profile", help="Rates of a machine, by [bold]alaya-tiers profile[/bold].")
+    ] = None,
+    any_machine: Annotated[bool, typer.Option("--any-machine", help="The profile may be another machine's.")] = False,
     device_memory: Annotated[str | None, typer.Option(help="For KV. " + HELP.format("24GiB"))] = None,
     host_memory: Annotated[str | None, typer.Option(help="For KV; 0 for none. " + HELP.format("64GiB"))] = None,
     ssd: Annotated[str | None, typer.Option(help="For KV; 0 for none. " + HELP.format("1TiB"))] = None,
@@ -200,7 +205,8 @@ def command(
         "device_memory": device_memory, "host_memory": host_memory, "ssd": ssd, "ssd_read": ssd_read,
         "ssd_write": ssd_write, "pcie": pcie, "flops": flops, "servers": servers,
     }  # fmt: skip
-    settings = profile(machine) | {name: value for name, value in given.items() if value is not None}
+    measured = {} if profile_file is None else profile.load(profile_file, any_machine=any_machine).machine()
+    settings = measured | described(machine) | {name: value for name, value in given.items() if value is not None}
     names = list(dict.fromkeys(name.strip() for name in policy.split(",")))
     if unknown := [name for name in names if name not in (*POLICIES, BELADY)]:
         raise ConfigError(f"unknown policy {unknown[0]!r}; known are {', '.join([*sorted(POLICIES), BELADY])}")

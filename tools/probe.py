@@ -1,0 +1,316 @@
+"""``alaya-tiers profile``: the measurements, each short and the best of several, for others share the machine."""
+
+import itertools
+import json
+import mmap
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from alaya_tiers.attention import BlockList, attend_blocks, attend_lists
+from alaya_tiers.cache import Session, Visible
+from alaya_tiers.config import Settings, format_bytes
+from alaya_tiers.engine import Engine
+from alaya_tiers.errors import ConfigError
+from alaya_tiers.hf import AlayaCache
+from alaya_tiers.index.codes import Layout, Reach, encode, scan
+from alaya_tiers.tools import machine
+from alaya_tiers.tools.baselines import VOCABULARY, Shape, build_model
+from alaya_tiers.tools.machine import Bytes, DiskFile
+from alaya_tiers.tools.profile import Profile, Transfer, identity, today
+
+HEADS, GROUP, BLOCK = 4, 4, 256
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SIZES = (16 << 10, 64 << 10, 256 << 10, 1 << 20)
+DEPTHS = (1, 4)
+
+Say = Callable[[str], None]
+
+
+def measure(directory: Path, *, quick: bool = False, say: Say = lambda text: None) -> Profile:
+    """The profile of this machine; the SSD's is that of ``directory``. Raises ConfigError, OSError."""
+    tries = 2 if quick else 5
+    say("memory")
+    buffer = machine.memory_buffer((64 if quick else 512) << 20)
+    memory = machine.memory_bandwidth(buffer, tries)
+    one, other = torch.from_numpy(buffer).chunk(2)
+    copied = one.nbytes / best(lambda one=one, other=other: one.copy_(other), tries)  # type: ignore[misc]
+    say("attention")
+    attend = {f"{name}/{dim}": _attend(buffer, DTYPES[name], dim, tries) for name in DTYPES for dim in (64, 128)}
+    pick = _pick(buffer, attend["float32/64"], tries)
+    say("codes")
+    rate, made = _scan(64 if quick else 512, tries)
+    say("weights")
+    weights = _weights(buffer, tries)
+    del buffer, one, other
+    say("model")
+    step, layer, flops = _model(weights, quick, tries)
+    say("SSD")
+    try:
+        with machine.disk_file(directory, (16 if quick else 256) << 20) as file:
+            ssd = tuple(
+                _transfer(file, size, depth, (4 if quick else 64) << 20)
+                for size, depth in itertools.product(SIZES, DEPTHS)
+            )
+    except OSError as error:
+        raise ConfigError(f"cannot measure the SSD in {directory}: {error}") from error
+    say("engine")
+    look = _look(attend["float32/64"], rate, pick, tries)
+    load = _load(directory, ssd, tries)
+    facts = machine.describe()
+    versions = {name: facts[name] for name in ("alaya_tiers", "torch", "transformers", "numpy", "python")}
+    return Profile(
+        identity=identity(), versions=versions | {"threads": facts["threads"]}, date=today(), memory_read=memory.best,
+        memory_copy=copied, attend=attend, scan=rate, pick=pick, encode=made, weights=weights, flops=flops, step=step,
+        layer=layer, look=look, load=load, ssd=ssd,
+    )  # fmt: skip
+
+
+def best(work: Callable[[], object], tries: int) -> float:
+    """Seconds of the fastest of so many tries, after one that does not count."""
+    times = []
+    for _ in range(tries + 1):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times[1:])
+
+
+# ---------------------------------------------------------------------- kernels
+def _attend(buffer: Bytes, dtype: torch.dtype, dim: int, tries: int) -> float:
+    """Bytes of K and V that exact attention of one step reads a second."""
+    size = BLOCK * 2 * dim * dtype.itemsize
+    blocks = buffer.nbytes // size // HEADS
+    order = np.random.default_rng(0).permutation(HEADS * blocks).reshape(HEADS, blocks)
+    addresses = buffer.ctypes.data + order * size
+    starts = np.arange(blocks, dtype=np.int32) * BLOCK
+    listed = BlockList(addresses, starts, np.full(blocks, BLOCK, np.int32), dim, dim, dtype)
+    q = torch.randn(HEADS, GROUP, dim, generator=torch.Generator().manual_seed(0))
+    lo, hi = np.zeros(GROUP, np.int32), np.full(GROUP, blocks * BLOCK, np.int32)
+    return HEADS * blocks * size / best(lambda: attend_blocks(q, listed, 0.1, lo, hi), tries)
+
+
+def _pick(buffer: Bytes, read: float, tries: int, dim: int = 64, each: int = 2048) -> float:
+    """Seconds a key attended singly takes beside reading its bytes."""
+    row = 2 * dim * 4
+    chance = np.random.default_rng(1)
+    places = np.sort(chance.integers(0, buffer.nbytes // row, (HEADS, each)), axis=1)
+    addresses = (buffer.ctypes.data + places * row).ravel()
+    first = np.arange(HEADS + 1, dtype=np.int64) * each
+    q = torch.randn(HEADS, GROUP, dim, generator=torch.Generator().manual_seed(0))
+    seconds = best(lambda: attend_lists(q, addresses, first, dim, dim, torch.float32, 0.1), 2 * tries)
+    return max(1e-9, seconds / (HEADS * each) - row / read)
+
+
+def _scan(blocks: int, tries: int, dim: int = 64) -> tuple[float, float]:
+    """Numbers of codes scanned, and of keys whose codes are made, a second."""
+    make, layout = torch.Generator().manual_seed(0), Layout(BLOCK, dim, dim, 8)
+    k, v = torch.randn(2, HEADS, BLOCK, dim, generator=make)
+    made = HEADS * BLOCK * dim / best(lambda: encode(k, v, layout), 2 * tries)
+    every = torch.from_numpy(machine.memory_buffer(blocks * HEADS * layout.nbytes)).view(-1, layout.nbytes)
+    for block in range(blocks):
+        coded = encode(torch.randn(k.shape, generator=make), v, layout)
+        assert coded is not None
+        every[block * HEADS : (block + 1) * HEADS] = coded
+    addresses = every.data_ptr() + np.arange(HEADS * blocks, dtype=np.int64).reshape(HEADS, blocks) * layout.nbytes
+    first, count = np.zeros(blocks, np.int32), np.full(blocks, BLOCK, np.int32)
+    q = 3 * torch.randn(HEADS, GROUP, dim, generator=make)
+    reach = Reach.of_share(0.01)
+    seconds = best(lambda: scan(q, addresses, first, count, layout, reach, dim**-0.5), tries)
+    return HEADS * blocks * BLOCK * dim / seconds, made
+
+
+def _weights(buffer: Bytes, tries: int, width: int = 1024) -> float:
+    """Bytes of weights that one token's matrix products read a second."""
+    matrix = torch.from_numpy(buffer).view(torch.float32).view(-1, width)
+    x = torch.randn(1, width, generator=torch.Generator().manual_seed(0))
+    return matrix.nbytes / best(lambda: torch.nn.functional.linear(x, matrix), tries)
+
+
+# ---------------------------------------------------------------------- a whole model
+def _model(weights: float, quick: bool, tries: int) -> tuple[float, float, float]:
+    """Seconds of a decode step beside its sizes, once and in each layer; operations of prefill a second."""
+    few, many, chunk = 2, 6, 128 if quick else 512
+    times, flops = {}, 0.0
+    for layers in (few, many):
+        shape = Shape(layers=layers, hidden=512, heads=8)
+        model: Any = build_model(shape, 4 * chunk)
+        model.set_attn_implementation("alaya")
+        numbers = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
+        with AlayaCache.for_model(model, device_budget="256MiB", host_budget="64MiB") as cache, torch.no_grad():
+            ids = torch.arange(chunk)[None] % VOCABULARY
+
+            def run(tokens: Tensor, model: Any = model, cache: Any = cache) -> None:
+                model(input_ids=tokens, past_key_values=cache, use_cache=True)
+
+            prefill = best(lambda run=run, ids=ids: run(ids), 2)  # type: ignore[misc]
+            decode = best(lambda run=run, ids=ids: run(ids[:, :1]), 4 * tries)  # type: ignore[misc]
+        flops = max(flops, 2 * numbers * chunk / prefill)
+        times[layers] = decode - 4 * numbers / weights
+    layer = max(1e-6, (times[many] - times[few]) / (many - few))
+    return max(0.0, times[few] - few * layer), layer, flops
+
+
+def _session(tokens: int, **settings: Any) -> tuple[Session, Tensor]:
+    """One layer of random keys and values, and a query."""
+    make = torch.Generator().manual_seed(0)
+    k, v = torch.randn(2, 1, HEADS, tokens, 64, generator=make)
+    session = Session(Engine(Settings(**settings)))
+    session.update(0, k, v)
+    return session, 4 * torch.randn(1, HEADS * GROUP, 1, 64, generator=make)
+
+
+def _look(read: float, rate: float, pick: float, tries: int, tokens: int = 8192) -> float:
+    """What a sparse step of a layer takes more than its window, its codes and the keys it finds."""
+    seconds, row = {}, 2 * 64 * 4
+    spent = {"exact": HEADS * tokens * row / read, "sparse": 0.0}
+    for mode in ("exact", "sparse"):
+        session, q = _session(tokens, device_budget="64MiB", host_budget="16MiB", mode=mode, alpha=0.05)
+        try:
+            session.build_index()
+            visible = [Visible.all(tokens, 1)]
+            seconds[mode] = best(lambda s=session, q=q, v=visible: s.attention(0, q, v, 0.125), 8 * tries)  # type: ignore[misc]
+            history = session.layers[0].history
+            if mode == "sparse":
+                window = session.engine.settings.sink_tokens + session.engine.settings.recent_tokens
+                keys = HEADS * (tokens - window) * 64 / rate
+                spent[mode] = HEADS * window * row / read + keys + float(history.found.sum()) * (pick + row / read)
+        finally:
+            session.engine.close()
+    return max(0.0, (seconds["sparse"] - spent["sparse"]) - (seconds["exact"] - spent["exact"]))
+
+
+# ---------------------------------------------------------------------- disk
+def _transfer(file: DiskFile, size: int, depth: int, nbytes: int) -> Transfer:
+    """Requests of ``size`` at random places, ``depth`` at a time."""
+    count = max(depth, min(nbytes, file.nbytes) // size)
+    places = np.random.default_rng(size + depth).permutation(file.nbytes // size)[:count] * size
+    read, latencies = _requests(file, places.tolist(), size, depth, write=False)
+    written, _ = _requests(file, places[: max(depth, count // 2)].tolist(), size, depth, write=True)
+    return Transfer(size, depth, read, written, statistics.median(latencies))
+
+
+def _requests(file: DiskFile, places: list[int], size: int, depth: int, *, write: bool) -> tuple[float, list[float]]:
+    """Bytes a second, and seconds of each request."""
+    handle = file.open(os.O_RDWR)
+    latencies: list[float] = []
+
+    def work(mine: list[int]) -> None:
+        with mmap.mmap(-1, size) as buffer:
+            for place in mine:
+                began = time.perf_counter()
+                done = os.pwritev(handle, [buffer], place) if write else os.preadv(handle, [buffer], place)
+                latencies.append(time.perf_counter() - began)
+                if done != size:
+                    raise OSError(f"{file.path}: a request was cut short")
+
+    try:
+        if not file.direct and not write:
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        with ThreadPoolExecutor(depth) as pool:
+            began = time.perf_counter()
+            list(pool.map(work, [places[i::depth] for i in range(depth)]))
+            if write:
+                os.fdatasync(handle)
+            return len(places) * size / (time.perf_counter() - began), latencies
+    finally:
+        os.close(handle)
+
+
+def _load(directory: Path, ssd: tuple[Transfer, ...], tries: int) -> float:
+    """What it takes beside the disk's own time to get one cold run of blocks."""
+    tokens, size = 64 * BLOCK, BLOCK * 2 * 64 * 4
+    settings = Settings(device_budget=2 * HEADS * size, host_budget=8 * HEADS * size)
+    engine = Engine(settings, str(directory / f"probe-{os.getpid()}"))
+    try:
+        session = Session(engine)
+        k, v = torch.randn(2, 1, HEADS, tokens, 64, generator=torch.Generator().manual_seed(0))
+        for start in range(0, tokens, BLOCK):
+            session.update(0, k[:, :, start : start + BLOCK], v[:, :, start : start + BLOCK])
+        state, times = session.layers[0], []
+        for run in range(16 * tries):
+            ids = state.ids(state.rows[0].first[run % 48 : run % 48 + 1])
+            cold = not engine.mover.ledger.readable(ids).all()
+            began = time.perf_counter()
+            for _ in engine.reading(ids, lambda: iter(())):
+                pass
+            if cold:
+                times.append(time.perf_counter() - began)
+    finally:
+        engine.close()
+        shutil.rmtree(directory / f"probe-{os.getpid()}", ignore_errors=True)
+    near = min(ssd, key=lambda one: (abs(one.size - size), -one.depth))
+    return max(0.0, statistics.median(times) - HEADS * size / near.read) if times else 0.0
+
+
+# ---------------------------------------------------------------------- the command
+EPILOG = "Example: [bold]alaya-tiers profile -o this-machine.toml[/bold]"
+
+
+def command(
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("profile.toml"),
+    directory: Annotated[
+        Path | None,
+        typer.Option(help="Where the SSD is measured. [dim]default: beside the file[/dim]", show_default=False),
+    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="In a few seconds, less exactly.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The profile as JSON on stdout.")] = False,
+) -> None:
+    """Measures this machine once: memory, SSD, attention, index, model. Leave it alone for half a minute."""
+    console = Console(stderr=True)
+    with console.status("") as status:
+        found = measure(directory or output.absolute().parent, quick=quick, say=lambda text: status.update(text))
+    found.save(output)
+    if as_json:
+        print(json.dumps(asdict(found), indent=2))
+        return
+    out = Console()
+    out.print(table(found))
+    out.print(ssd_table(found))
+    out.print(f"\nwritten to {output}", style="dim")
+
+
+def table(found: Profile) -> Table:
+    """The rates, for people."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    per_second = {"memory read": found.memory_read, "memory copied": found.memory_copy}
+    per_second |= {f"attended, {name.replace('/', ', heads of ')}": rate for name, rate in found.attend.items()}
+    per_second |= {"weights read by a decode step": found.weights}
+    for name, rate in per_second.items():
+        shown.add_row(name, f"{format_bytes(rate)}/s")
+    shown.add_row("codes scanned", f"{found.scan / 1e9:.1f} G numbers/s")
+    shown.add_row("codes made", f"{found.encode / 1e6:.0f} M numbers/s")
+    shown.add_row("prefill", f"{found.flops / 1e9:.0f} GFLOPS")
+    seconds = {"a key attended singly": found.pick, "a decode step, at least": found.step}
+    seconds |= {
+        "each layer of it": found.layer,
+        "sparse, each layer": found.look,
+        "each batch from the SSD": found.load,
+    }
+    for name, each in seconds.items():
+        shown.add_row(name, f"{each * 1e6:,.2f} us")
+    return shown
+
+
+def ssd_table(found: Profile) -> Table:
+    """The SSD by size of request and depth."""
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("SSD request", "depth", "read", "written", "latency"):
+        shown.add_column(name, justify="right")
+    for one in found.ssd:
+        rates = (f"{format_bytes(one.read)}/s", f"{format_bytes(one.write)}/s", f"{one.latency * 1e6:,.0f} us")
+        shown.add_row(format_bytes(one.size), str(one.depth), *rates)
+    return shown

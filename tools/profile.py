@@ -1,0 +1,183 @@
+"""What a machine can do, measured once and kept in a file: what simulations and plans reckon with."""
+
+import datetime
+import tomllib
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from alaya_tiers.errors import ConfigError, OtherMachine
+from alaya_tiers.index.plan import Rates
+from alaya_tiers.tools import machine, toml
+
+VERSION = 1
+IDENTITY = ("cpu", "cores", "ram_gib")
+"""What must be equal for a profile to speak of a machine."""
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """Reading and writing the SSD in requests of ``size`` bytes, ``depth`` at a time.
+
+    read, write: bytes a second of all together. latency: seconds of one read, median.
+    """
+
+    size: int
+    depth: int
+    read: float
+    write: float
+    latency: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Rates of one machine, all threads together; numbers, bytes or operations a second, or seconds.
+
+    attend: bytes of K and V that the exact kernel attends, by dtype and head dimension ("float32/64"). scan: numbers of
+    8-bit codes. pick: seconds of a key attended singly. encode: numbers of keys whose codes are made. weights: bytes of
+    a model's weights that a decode step reads. flops: of prefill, really reached. step, layer: seconds of a decode step
+    that depend on no size: once, and in each layer. look: what sparse attention adds in each layer. load: what waiting
+    for one batch from the SSD adds to the disk's time.
+    """
+
+    identity: dict[str, Any]
+    versions: dict[str, Any]
+    date: str
+    memory_read: float
+    memory_copy: float
+    attend: dict[str, float]
+    scan: float
+    pick: float
+    encode: float
+    weights: float
+    flops: float
+    step: float
+    layer: float
+    look: float
+    load: float
+    ssd: tuple[Transfer, ...]
+
+    def __post_init__(self) -> None:
+        for name in NUMBERS:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+                raise ConfigError(f"{name} of a profile is a number of at least 0, got {value!r}")
+        if not self.ssd or not self.attend or not all(value > 0 for value in self.attend.values()):
+            raise ConfigError("a profile has rates of the ssd and of attention, above 0")
+
+    def attend_rate(self, dtype: str, dim: int) -> float:
+        """Bytes of K and V a second: measured, or that of the nearest head dimension of the dtype, or of any."""
+        known = {name: rate for name, rate in self.attend.items() if name.startswith(f"{dtype}/")} or self.attend
+        return min(known.items(), key=lambda one: abs(int(one[0].partition("/")[2]) - dim))[1]
+
+    def transfer(self, size: float, depth: int) -> Transfer:
+        """The measured row that is nearest to such requests."""
+        return min(
+            self.ssd, key=lambda one: (abs(one.size.bit_length() - int(size).bit_length()), -(one.depth <= depth))
+        )
+
+    @property
+    def ssd_read(self) -> float:
+        """The most the SSD reads."""
+        return max(one.read for one in self.ssd)
+
+    @property
+    def ssd_write(self) -> float:
+        """The most the SSD writes."""
+        return max(one.write for one in self.ssd)
+
+    def rates(self, dtype: str = "float32", dim: int = 64) -> Rates:
+        """What the optimizer of sparse mode is told of this machine."""
+        return Rates(self.attend_rate(dtype, dim), self.scan, self.pick, self.ssd_read)
+
+    def settings(self, dtype: str = "float32", dim: int = 64) -> dict[str, float]:
+        """The same as settings of a cache."""
+        rates = self.rates(dtype, dim)
+        named = {"read_rate": rates.read, "scan_rate": rates.scan, "ssd_rate": rates.ssd, "pick_seconds": rates.pick}
+        return {name: float(f"{value:.3g}") for name, value in named.items()}
+
+    def machine(self) -> dict[str, float]:
+        """Rates of a simulation's machine (``tools/hardware.py``)."""
+        return {
+            "ssd_read": self.ssd_read, "ssd_write": self.ssd_write, "pcie": self.memory_copy, "flops": self.flops,
+        }  # fmt: skip
+
+    def save(self, path: Path) -> None:
+        """Write it as TOML. Raises ConfigError."""
+        rates = {name: float(f"{getattr(self, name):.4g}") for name in NUMBERS}
+        tables: dict[str, Any] = {
+            "profile": {"version": VERSION, "date": self.date},
+            "identity": self.identity,
+            "versions": self.versions,
+            "rates": rates,
+            "attend": {},
+            "ssd": [
+                {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in asdict(t).items()} for t in self.ssd
+            ],
+        }
+        tables["attend"] = {name.replace("/", "_"): float(f"{rate:.4g}") for name, rate in self.attend.items()}
+        note = (
+            "What this machine can do, measured by alaya-tiers profile: bytes, numbers or operations a second, seconds."
+        )
+        try:
+            path.write_text(toml.text(tables, note), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot write a profile to {path}: {error}") from error
+
+
+NUMBERS = tuple(f.name for f in fields(Profile) if f.type is float)
+
+
+def identity() -> dict[str, Any]:
+    """What this machine is, as far as rates depend on it."""
+    facts = machine.describe()
+    return {"cpu": facts["cpu"], "cores": facts["cores"], "ram_gib": round(facts["ram_bytes"] / 2**30)}
+
+
+def load(path: Path, *, any_machine: bool = False) -> Profile:
+    """The profile in a file.
+
+    Raises ConfigError where it cannot be read, OtherMachine where it is another machine's and ``any_machine`` is not
+    given.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read a profile from {path}: {error}") from error
+    try:
+        if (version := data["profile"]["version"]) != VERSION:
+            raise ConfigError(
+                f"{path} is a profile of version {version!r}, this program reads {VERSION}: measure again"
+            )
+        attend = {name.replace("_", "/"): float(rate) for name, rate in data["attend"].items()}
+        found = Profile(
+            identity=data["identity"],
+            versions=data["versions"],
+            date=data["profile"]["date"],
+            attend=attend,
+            ssd=tuple(Transfer(**row) for row in data["ssd"]),
+            **{name: data["rates"][name] for name in NUMBERS},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{path} is no profile, or not a whole one ({error}): make one by alaya-tiers profile"
+        ) from error
+    here = identity()
+    differs = [
+        f"{n} is {found.identity.get(n)!r} there, {here[n]!r} here"
+        for n in IDENTITY
+        if found.identity.get(n) != here[n]
+    ]
+    if differs and not any_machine:
+        raise OtherMachine(
+            f"{path} was measured on another machine ({'; '.join(differs)}): run alaya-tiers profile here, or say "
+            "--any-machine to reckon with that machine's rates"
+        )
+    return found
+
+
+def today() -> str:
+    """The date a profile is from."""
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
