@@ -21,7 +21,20 @@ from typer.core import TyperGroup
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import AlayaError
 from alaya_tiers.stats import Stats
-from alaya_tiers.tools import bench, choice, heads, indexes, overhead, probe, quality, simulate, stored, train, ttft
+from alaya_tiers.tools import (
+    bench,
+    choice,
+    heads,
+    indexes,
+    overhead,
+    plan,
+    probe,
+    quality,
+    simulate,
+    stored,
+    train,
+    ttft,
+)
 from alaya_tiers.tools import demo as demos
 
 CANCELLED, FAILED, DIFFERS = 130, 2, 1
@@ -57,6 +70,7 @@ bench.app.command("quality")(quality.command)
 bench.app.command("ttft")(ttft.command)
 app.command("train")(train.command)
 app.add_typer(bench.app, name="bench", epilog="Example: [bold]alaya-tiers bench decode --quick[/bold]")
+app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.command("profile", epilog=probe.EPILOG)(probe.command)
 app.command("simulate", epilog=simulate.EPILOG)(simulate.command)
 app.command("ls", epilog="Example: [bold]alaya-tiers ls contexts/[/bold]")(stored.ls)

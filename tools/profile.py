@@ -181,3 +181,15 @@ def load(path: Path, *, any_machine: bool = False) -> Profile:
 def today() -> str:
     """The date a profile is from."""
     return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+TYPICAL = Profile(
+    identity={"cpu": "typical", "cores": 0, "ram_gib": 0}, versions={}, date="", memory_read=30e9, memory_copy=12e9,
+    attend={"float32/64": 27e9, "float32/128": 27e9, "bfloat16/64": 20e9, "bfloat16/128": 24e9}, scan=10e9, pick=50e-9,
+    encode=170e6, weights=14e9, flops=100e9, step=1e-3, layer=0.8e-3, look=0.6e-3, load=0.4e-3,
+    ssd=(
+        Transfer(16 << 10, 4, 0.5e9, 0.5e9, 100e-6), Transfer(64 << 10, 4, 1e9, 1e9, 200e-6),
+        Transfer(256 << 10, 4, 1.5e9, 1.2e9, 400e-6), Transfer(1 << 20, 4, 1.5e9, 1.5e9, 2e-3),
+    ),
+)  # fmt: skip
+"""Two cores of a server of 2023 with a fast disk: what is reckoned with where nothing was measured."""

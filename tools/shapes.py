@@ -1,13 +1,20 @@
 """What a model costs a machine: bytes of KV and floating point operations, from its configuration."""
 
+import contextlib
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
 
 from alaya_tiers.errors import ConfigError, UnsupportedModel
 
 KINDS = ("llama", "mistral", "qwen2", "qwen3")
 """Model types that are what ``Shape`` describes: full attention in all layers and a gated MLP."""
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -64,19 +71,27 @@ NAMED = {
 }
 
 
+def _configuration(model: str) -> tuple[str, Any]:
+    """Where a configuration is, and what it says: a file, a folder, or a model of the hub (nothing but its config)."""
+    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
+    try:
+        return str(path), json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        if not path.exists() and HUB_ID.fullmatch(model):
+            with contextlib.suppress(Exception):  # no network, no such model: the first error says what to do
+                return model, AutoConfig.from_pretrained(model).to_dict()
+        known = ", ".join(NAMED)
+        raise ConfigError(f"no model {model!r}: give a config.json, a hub id, or one of {known} ({error})") from error
+
+
 def shape_of(model: str) -> Shape:
-    """A named shape, or that of a ``config.json`` or a folder with one.
+    """A named shape, or that of a ``config.json``, a folder with one, or a model of the hub.
 
     Raises ConfigError if there is none, UnsupportedModel if it is another kind of model than ``Shape`` describes.
     """
     if model in NAMED:
         return NAMED[model]
-    path = Path(model) / "config.json" if Path(model).is_dir() else Path(model)
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        known = ", ".join(NAMED)
-        raise ConfigError(f"no model {model!r}: give a config.json, or one of {known} ({error})") from error
+    path, config = _configuration(model)
     if not isinstance(config, dict):
         raise ConfigError(f"{path} is no model's configuration: it holds no JSON object")
     windowed = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
@@ -87,7 +102,7 @@ def shape_of(model: str) -> Shape:
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return Shape(
-            str(path),
+            path,
             layers=config["num_hidden_layers"],
             hidden=hidden,
             heads=heads,
