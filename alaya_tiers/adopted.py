@@ -1,6 +1,7 @@
 """Blocks of stored segments, known to the ledger: their only copy is on ssd until somebody reads them."""
 
 import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.errors import StoreCorrupt, StoreMismatch
 from alaya_tiers.ledger import Ids
 from alaya_tiers.manifest import LayerBlocks, Segment
+from alaya_tiers.snapshot import Shelf
 
 Runs = npt.NDArray[np.int64]
 """The first block id of each run of blocks."""
@@ -23,8 +25,8 @@ Held = list[tuple[Runs, int]]
 class Adopted:
     """Segments whose blocks are in the ledger, each held once for the store. The caller serialises calls."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, shelf: Shelf) -> None:
+        self.engine, self.shelf = engine, shelf
         self._held: dict[str, Held] = {}
         self._numbers: dict[str, int] = {}  # folder of an array -> number of its file in the ssd tier
         self._blocks: dict[str, Runs] = {}  # the same -> first block id of each run in the file, or -1
@@ -39,24 +41,24 @@ class Adopted:
             return self._held[name]
         engine = self.engine
         for folder in segment.files:
-            if not engine.store.is_plain(folder):
+            if not self.shelf.is_plain(folder):
                 raise StoreCorrupt(errno.ELOOP, "a link leads out of the store and was not followed", folder)
         shapes = {}
         for number, layer in sorted(segment.layers.items()):
             dtype = getattr(torch, layer.dtype, None)
             if not isinstance(dtype, torch.dtype):
-                raise StoreCorrupt(errno.EIO, f"there is no dtype {layer.dtype!r}", engine.store.path)
+                raise StoreCorrupt(errno.EIO, f"there is no dtype {layer.dtype!r}", self.shelf.path)
             shapes[number] = engine.fit(number, Geometry(layer.kv_heads, layer.k_dim, layer.v_dim, dtype), device)
             if shapes[number].tokens != layer.block_tokens:
                 raise StoreMismatch(
                     errno.EINVAL,
                     f"blocks of layer {number} have {layer.block_tokens} tokens there and {shapes[number].tokens} here",
-                    engine.store.path,
+                    self.shelf.path,
                 )
             for place, folder in enumerate(layer.files):
                 stride = round_up(shapes[number].nbytes, PAGE)
                 blocks = int(np.count_nonzero(layer.where == place)) * layer.kv_heads
-                if engine.store.manifest.files[folder] < max(1, blocks) * stride:
+                if self.shelf.manifest.files[folder] < max(1, blocks) * stride:
                     raise StoreCorrupt(errno.EIO, "the manifest says that a file is smaller than its blocks", folder)
         with engine.mover.lock:
             self._held[name] = [
@@ -73,7 +75,12 @@ class Adopted:
             if folder not in self._numbers:
                 index = segment.start // self.engine.settings.segment_tokens
                 self._numbers[folder] = ssd.adopt(
-                    folder, number, index, shape, self.engine.store.manifest.files[folder]
+                    os.path.join(self.shelf.path, folder),
+                    number,
+                    index,
+                    shape,
+                    self.shelf.manifest.files[folder],
+                    ours=self.shelf.writable,
                 )
             self._blocks.setdefault(folder, np.full(ssd.files[self._numbers[folder]].blocks, -1, np.int64))
         files = np.array([self._numbers[folder] for folder in layer.files], np.int32)[layer.where]
@@ -125,18 +132,25 @@ class Adopted:
         engine, number = self.engine, self._numbers.pop(folder, None)
         self._blocks.pop(folder, None)
         if number is None:
-            engine.accountant.release("ssd", nbytes)
+            if self.shelf.writable:
+                engine.accountant.release("ssd", nbytes)
             return True
         with engine.mover.lock:
-            unused = engine.mover.ssd.unkeep(number)
-        for path in unused:
+            garbage = engine.mover.ssd.unkeep(number)
+        for path in garbage:
             engine.mover.ssd.remove(path)
-        return bool(unused)
+        return not engine.mover.ssd.files[number].live
+
+    def reads(self, folder: str) -> bool:
+        """Whether some session has blocks of this array."""
+        ssd = self.engine.mover.ssd if self.engine.started else None
+        array = os.path.join(self.shelf.path, folder, "")
+        return ssd is not None and any(file.live and file.path.startswith(array) for file in ssd.files)
 
     def folder(self, number: int) -> str:
         """The folder of the array a file belongs to, inside the store."""
         array = Path(self.engine.mover.ssd.files[number].path).parents[3]
-        return array.relative_to(self.engine.store.path).as_posix()
+        return array.relative_to(self.shelf.path).as_posix()
 
 
 def ids_of(first: Runs, heads: int) -> Ids:

@@ -7,7 +7,9 @@
     4  fsync     its directory
 
 What is interrupted before 3 was never there: ``collect`` removes it at the next opening. After 4 all of it is there,
-whatever happens. Nothing that the newest manifest names is ever written again or removed.
+whatever happens. Nothing that the newest manifest names is ever written again or removed, and nothing that a manifest
+names which a reader holds: a reader has a shared lock on the manifest it reads, and the system lets go of it when the
+reader is gone, however it went.
 """
 
 import contextlib
@@ -91,23 +93,69 @@ def load_segment(disk: Disk, root: str, manifest: Manifest, name: str) -> Segmen
 
 def load_manifest(disk: Disk, root: str) -> Manifest:
     """The manifest that counts; an empty one where none was ever saved. Raises StoreCorrupt."""
+    number = newest(disk, root)
+    return Manifest() if number is None else load_generation(disk, root, number)
+
+
+def newest(disk: Disk, root: str) -> int | None:
+    """The generation that counts; None where none was ever saved."""
     for number in sorted(_numbers(disk, root), reverse=True):
-        path = _generation(root, number)
-        if "zarr.json" in disk.names(os.path.dirname(path)):
-            try:
-                manifest = Manifest.from_json(_ours(_fetch(disk, path, "the manifest cannot be read"), path))
-            except (ValueError, RecursionError, OverflowError) as error:
-                raise StoreCorrupt(errno.EIO, f"the manifest is damaged: {error}", path) from error
-            if manifest.generation != number:
-                raise StoreCorrupt(errno.EIO, "the manifest is that of another generation", path)
-            return manifest
-    return Manifest()
+        if "zarr.json" in disk.names(os.path.dirname(_generation(root, number))):
+            return number
+    return None
 
 
-def collect(disk: Disk, root: str, manifest: Manifest) -> None:
-    """Remove records and manifests that do not count. Failures leave them for the next time."""
-    unwanted = [(SEGMENTS, n) for n in disk.names(os.path.join(root, SEGMENTS)) if n not in manifest.segments]
-    unwanted += [(GENERATIONS, str(n)) for n in _numbers(disk, root) if not 0 <= manifest.generation - n < KEPT]
+def load_generation(disk: Disk, root: str, number: int) -> Manifest:
+    """The manifest of a generation. Raises StoreCorrupt."""
+    path = _generation(root, number)
+    try:
+        manifest = Manifest.from_json(_ours(_fetch(disk, path, "the manifest cannot be read"), path))
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise StoreCorrupt(errno.EIO, f"the manifest is damaged: {error}", path) from error
+    if manifest.generation != number:
+        raise StoreCorrupt(errno.EIO, "the manifest is that of another generation", path)
+    return manifest
+
+
+def lease(disk: Disk, root: str, number: int) -> int | None:
+    """Hold a generation for reading: a handle; None if it does not count any more, or not for long.
+
+    The writer looks for leases after it has committed. Whoever holds one and then sees that its generation is still the
+    newest has come before that.
+    """
+    try:
+        handle = disk.lease(_generation(root, number), shared=True)
+    except (BlockingIOError, FileNotFoundError):
+        return None
+    if newest(disk, root) == number:
+        return handle
+    disk.close(handle)
+    return None
+
+
+def lent(disk: Disk, root: str, generation: int) -> list[int]:
+    """Generations older than this one that somebody reads."""
+    found = []
+    for number in sorted(n for n in _numbers(disk, root) if n < generation):
+        try:
+            disk.close(disk.lease(_generation(root, number), shared=False))
+        except BlockingIOError:
+            found.append(number)
+        except OSError:
+            continue
+    return found
+
+
+def collect(disk: Disk, root: str, manifest: Manifest, held: Mapping[int, Manifest]) -> None:
+    """Remove records and manifests that do not count. Failures leave them for the next time.
+
+    held: older manifests that somebody reads.
+    """
+    needed = manifest.segments.keys() | {name for old in held.values() for name in old.segments}
+    unwanted = [(SEGMENTS, n) for n in disk.names(os.path.join(root, SEGMENTS)) if n not in needed]
+    for n in _numbers(disk, root):
+        if n not in held and not 0 <= manifest.generation - n < KEPT:
+            unwanted.append((GENERATIONS, str(n)))
     for folder, name in unwanted:
         if name != "zarr.json" or not manifest.generation:
             with contextlib.suppress(OSError):

@@ -21,11 +21,13 @@ from alaya_tiers.adopted import Adopted, Held, Runs, ids_of
 from alaya_tiers.cache import Session
 from alaya_tiers.commit import Job, encoded
 from alaya_tiers.engine import Engine
-from alaya_tiers.errors import InputError, IOFailed, StoreCorrupt
+from alaya_tiers.errors import InputError, IOFailed, StoreCorrupt, StoreReadOnly
 from alaya_tiers.identity import Identity, Tokens, common, segment_name
 from alaya_tiers.indexed import open_index, promise, save
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.manifest import Context, Entry, LayerBlocks, Manifest, Segment
+from alaya_tiers.snapshot import Shelf, Snapshot
+from alaya_tiers.store import Store
 from alaya_tiers.verify import Damage
 
 Chunk = Sequence[tuple[Tensor, Tensor]]
@@ -50,20 +52,40 @@ class Part(NamedTuple):
 
 
 class Contexts:
-    """The contexts of one store, and the sessions on them. Thread-safe; a session belongs to one thread at a time."""
+    """The contexts of one store, and the sessions on them. Thread-safe; a session belongs to one thread at a time.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    snapshot: what is read, where the engine's own store is a private one for what sessions add; None for the writer,
+    who reads and writes the engine's.
+    """
+
+    def __init__(self, engine: Engine, snapshot: Snapshot | None = None) -> None:
+        self.engine, self.snapshot = engine, snapshot
+        self.shelf: Shelf = engine.store if snapshot is None else snapshot
         self._lock = threading.RLock()
         self._records: dict[str, Segment] = {}
-        self._adopted = Adopted(engine)
-        self._tree = self._children(engine.store.manifest)
-        engine.accountant.charge("ssd", sum(self.manifest.files.values()))
+        self._adopted = Adopted(engine, self.shelf)
+        self._tree = self._children(self.manifest)
+        self._late = {} if snapshot is not None else engine.store.lent_files
+        """Bytes of files that no context has any more and some reader has: removed when it is gone."""
+        if snapshot is None:
+            engine.accountant.charge("ssd", sum(self.manifest.files.values()) + sum(self._late.values()))
 
     @property
     def manifest(self) -> Manifest:
         """What is stored."""
-        return self.engine.store.manifest
+        return self.shelf.manifest
+
+    @property
+    def store_here(self) -> Store:
+        """The store, to be written. Raises StoreReadOnly."""
+        if self.snapshot is not None:
+            raise StoreReadOnly(
+                errno.EROFS,
+                "the database was opened with read_only=True; sessions go on, but only the process that opened it for "
+                "writing can store, import, index, pin and delete",
+                self.shelf.path,
+            )
+        return self.engine.store
 
     # ------------------------------------------------------------------ find
     def match(self, root: str, tokens: Tokens) -> tuple[list[str], int]:
@@ -117,6 +139,7 @@ class Contexts:
         was stored then, and what was is unharmed.
         """
         self.engine.check_open()
+        self.store_here  # noqa: B018 - raises
         lengths = {state.length for state in session.layers.values()}
         if lengths != {tokens.shape[1]} or not tokens.size:
             raise InputError(
@@ -135,7 +158,7 @@ class Contexts:
             new = self._missing(parts)
             if new or any(i not in self.manifest.contexts for i in ids):
                 self._write_out(session, new, silent)
-                self._commit(session, root, identity, new, ids)
+                self._commit(session, root, identity, new, self._again(parts), ids)
         if self.engine.sparse is not None:
             self._index(session, list(parts.values()))
         return ids
@@ -148,6 +171,7 @@ class Contexts:
         tokens: int64 [length]; chunks: of all of them, in order, one row each. What is stored already is not written
         again. say: told how many tokens were taken. Raises InputError, StoreError; nothing was stored then.
         """
+        self.store_here  # noqa: B018 - raises
         names, known = self.match(identity.root(tenant), tokens)
         session, done = self.open([names], known, None, torch.device("cpu")), 0
         try:
@@ -169,6 +193,7 @@ class Contexts:
 
         say: told how many runs of blocks are done. It may be interrupted; what it did so far is lost then.
         """
+        self.store_here  # noqa: B018 - raises
         with self._lock:
             self._known(context)
             names = self.manifest.chain(context)
@@ -204,28 +229,60 @@ class Contexts:
         self.engine.check_open()
         with self._lock:
             self._known(context)
+            store = self.store_here
             old, manifest = self.manifest, self.manifest.without(context)
-            self.engine.store.commit(manifest, {}, [], [], self._run)
-            for name in old.segments.keys() - manifest.segments.keys():
-                self._records.pop(name, None)
-                self._adopted.release(name)
-            used = {os.path.dirname(name) for name in manifest.files}
-            for name in old.files.keys() - manifest.files.keys():
-                if self._adopted.forget(name, old.files[name]):  # else it goes when the session that reads it ends
-                    parent = os.path.dirname(name)
-                    self.engine.store.remove(os.path.join(self.engine.store.path, name if parent in used else parent))
-            self.engine.store.collect()
+            store.commit(manifest, {}, [], [], self._run)
+            self._release(old, manifest)
+            self._late |= {name: old.files[name] for name in old.files.keys() - manifest.files.keys()}
+            self._collect()
+
+    def collect(self) -> int:
+        """Remove what no context and no reader needs any more; how many bytes still wait for readers."""
+        self.engine.check_open()
+        with self._lock:
+            self.store_here  # noqa: B018 - raises
+            self._collect()
+            return sum(self._late.values())
+
+    def refresh(self) -> bool:
+        """For a reader: move to the newest generation; whether there was one. Sessions keep what they have."""
+        self.engine.check_open()
+        if self.snapshot is None:
+            return False
+        with self._lock:
+            old = self.manifest
+            moved = self.snapshot.refresh()
+            if moved:
+                self._release(old, self.manifest)
+                for name in old.files.keys() - self.manifest.files.keys():
+                    self._adopted.forget(name, old.files[name])
+            self.snapshot.let_go(
+                lambda m: not any(self._adopted.reads(f) for f in m.files.keys() - self.manifest.files.keys())
+            )
+            return moved
+
+    def close(self) -> None:
+        """Let go of what is read. The engine is closed already."""
+        if self.snapshot is not None:
+            self.snapshot.close()
 
     def verify(self, say: Say = silent) -> list[Damage]:
         """Read everything that is stored; what is damaged. say: told how many segments are done, of how many."""
         self.engine.check_open()
         with self._lock:
-            return list(self.engine.store.verify(say))
+            damage = self.shelf.verify(say)
+        return list(damage)
 
     # ------------------------------------------------------------------ inside: storing
     def _missing(self, parts: dict[str, Part]) -> list[Part]:
         """Those that are not stored."""
-        return [part for name, part in parts.items() if name not in self.manifest.segments]
+        again = self._again(parts)
+        return [part for name, part in parts.items() if name not in self.manifest.segments and name not in again]
+
+    def _again(self, parts: dict[str, Part]) -> dict[str, Entry]:
+        """Those that were deleted and that a reader has still: they only have to count again."""
+        lent = {} if self.snapshot is not None else {name: self.store_here.lent_entry(name) for name in parts}
+        return {n: entry for n, entry in lent.items() if entry is not None and n not in self.manifest.segments}
 
     def _write_out(self, session: Session, parts: list[Part], say: Say) -> None:
         blocks = [ids_of(first, heads) for part in parts for first, heads in _held(session, part)]
@@ -233,18 +290,23 @@ class Contexts:
             flat = np.unique(np.concatenate(blocks))
             self.engine.write_out(flat, lambda left: say(flat.size - left, flat.size))
 
-    def _commit(self, session: Session, root: str, identity: Identity, new: list[Part], ids: list[str]) -> None:
+    def _commit(
+        self, session: Session, root: str, identity: Identity, new: list[Part], again: dict[str, Entry], ids: list[str]
+    ) -> None:
         """Store segments whose blocks are on disk, and the contexts ``ids``; they count when this returns."""
-        engine, old = self.engine, self.manifest
+        engine, old, store = self.engine, self.manifest, self.store_here
         held = {part.name: _held(session, part) for part in new}
         segments = {part.name: self._segment(session, part, held[part.name]) for part in new}
         numbers, saved = self._publish(segments.values(), held.values())
-        records, entries = dict[str, bytes](), dict(old.segments)
+        records, entries = dict[str, bytes](), {**old.segments, **again}
         for name, segment in segments.items():
             records[name], digest = encoded(segment)
             entries[name] = Entry(segment.before, segment.start, segment.tokens.size, digest, segment.files)
         added = {i: Context(i, entries[i].start + entries[i].tokens, time.time()) for i in ids}
         files = {name: engine.mover.ssd.live_bytes(number) for name, number in numbers.items()}
+        files |= {
+            name: store.lent_files[name] for entry in again.values() for name in entry.files if name in self._late
+        }
         manifest = Manifest(
             old.generation + 1,
             {**old.identities, root: identity},
@@ -257,13 +319,14 @@ class Contexts:
             for number in numbers.values():
                 engine.mover.ssd.keep(number)
         try:
-            engine.store.commit(manifest, records, shards, saved, partial(self._run, numbers=list(numbers.values())))
+            store.commit(manifest, records, shards, saved, partial(self._run, numbers=list(numbers.values())))
         except BaseException:
-            if not engine.store.torn:  # else the next opening may find that the commit succeeded, and need them
+            if not store.torn:  # else the next opening may find that the commit succeeded, and need them
                 with engine.mover.lock:
                     for number in numbers.values():
                         engine.mover.garbage += engine.mover.ssd.unkeep(number)
             raise
+        self._late = {name: nbytes for name, nbytes in self._late.items() if name not in manifest.files}
         self._records |= segments
         for name, segment in segments.items():
             self._adopted.keep(name, segment, held[name], numbers)
@@ -306,7 +369,7 @@ class Contexts:
                     mover.ssd.files[number].path,
                 )
         self.engine.publish(list(numbers.values()))
-        arrays = [os.path.join(self.engine.store.path, name, "zarr.json") for name in numbers]
+        arrays = [os.path.join(self.shelf.path, name, "zarr.json") for name in numbers]
         return numbers, arrays + self.engine.save_groups()
 
     def _run(self, jobs: list[Job], numbers: Sequence[int] = ()) -> None:
@@ -322,9 +385,26 @@ class Contexts:
                 self.engine.mover.ssd.files[number].doubtful = True
             raise
 
+    def _release(self, old: Manifest, new: Manifest) -> None:
+        """Let go of segments that are not stored any more, or elsewhere."""
+        for name, entry in old.segments.items():
+            if new.segments.get(name) != entry:
+                self._records.pop(name, None)
+                self._adopted.release(name)
+
+    def _collect(self) -> None:
+        """Remove what neither the manifest nor a reader names."""
+        store = self.engine.store
+        store.collect()
+        used = {os.path.dirname(name) for name in {*self.manifest.files, *store.lent_files}}
+        for name in self._late.keys() - store.lent_files.keys():
+            if self._adopted.forget(name, self._late.pop(name)):  # else it goes when the session that reads it ends
+                parent = os.path.dirname(name)
+                store.remove(os.path.join(store.path, name if parent in used else parent))
+
     def _index(self, session: Session, parts: Sequence[Part], say: Say = silent) -> None:
         """Keep the index of segments beside them, where it is not there yet; a failure loses nothing."""
-        store, partitions, bits = self.engine.store, self.engine.partitions, self.engine.settings.index_bits
+        store, partitions, bits = self.shelf, self.engine.partitions, self.engine.settings.index_bits
         session.build_index(say)
         for part in parts:
             held = dict(zip(sorted(session.layers), _held(session, part), strict=True))
@@ -340,7 +420,7 @@ class Contexts:
         """A segment's blocks, in the ledger, and what is known of their index."""
         segment, known = self._record(name), self._adopted.holds(name)
         held = self._adopted.hold(name, segment, device)
-        store, partitions = self.engine.store, self.engine.partitions
+        store, partitions = self.shelf, self.engine.partitions
         if partitions is not None and not known:
             digest = self.manifest.segments[name].digest
             index = open_index(store.disk, store.index_path(name), digest, self.engine.settings.index_bits)
@@ -374,7 +454,7 @@ class Contexts:
 
     def _record(self, name: str) -> Segment:
         if name not in self._records:
-            self._records[name] = self.engine.store.record(name)
+            self._records[name] = self.shelf.record(name)
         return self._records[name]
 
     def _common(self, name: str, tokens: Tokens) -> int:

@@ -25,8 +25,9 @@ from alaya_tiers.mover import Mover, Policies, Traffic
 from alaya_tiers.partitions import Partitions
 from alaya_tiers.policies import EVICTION, PREFETCH, Watermark, Window, by_name
 from alaya_tiers.seams import Clock, Disk, Executor, SystemClock, SystemDisk, Threads
+from alaya_tiers.snapshot import Model
 from alaya_tiers.stats import SparseUse, Touched
-from alaya_tiers.store import Model, Store
+from alaya_tiers.store import Store
 from alaya_tiers.tiers.base import Accountant, Addresses
 from alaya_tiers.tiers.device import DeviceTier
 from alaya_tiers.tiers.host import HostTier

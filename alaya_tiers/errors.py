@@ -14,6 +14,7 @@ AlayaError
 └── StoreError (OSError)                the directory on disk; what was stored before stays readable
     ├── StoreUnwritable (PermissionError)    the directory cannot be created or written
     ├── StoreLocked                     another process has the store open for writing
+    ├── StoreReadOnly                   this opening only reads; nothing was written
     ├── StoreFormat                     not a store, or written by a newer version
     ├── StoreMismatch                   written for another model or layout; names what differs
     ├── StoreCorrupt                    a block is missing or its digest is wrong; it was not used
@@ -93,6 +94,10 @@ class StoreUnwritable(StoreError, PermissionError):
 
 class StoreLocked(StoreError):
     """Another process has the store open for writing."""
+
+
+class StoreReadOnly(StoreError):
+    """The store was opened for reading, and this call writes; nothing was written."""
 
 
 class StoreFormat(StoreError):

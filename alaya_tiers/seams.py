@@ -88,6 +88,13 @@ class Disk(Protocol):
         """Hold a directory, made if need be, for this process alone: a handle. BlockingIOError if another has it."""
         ...
 
+    def lease(self, path: str, *, shared: bool) -> int:
+        """Hold a file, with others or alone, until the handle is closed or the process is gone.
+
+        BlockingIOError if others hold it in a way that does not go with this one, FileNotFoundError if it was removed.
+        """
+        ...
+
     def names(self, path: str) -> list[str]:
         """What is in a directory, sorted; nothing where there is none."""
         ...
@@ -139,7 +146,12 @@ class SystemDisk:
         if create:
             os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             flags |= os.O_CREAT
-        return os.open(path, flags, 0o600)
+        try:
+            return os.open(path, flags, 0o600)
+        except OSError as error:
+            if create or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise
+            return os.open(path, flags & ~os.O_RDWR, 0o600)  # somebody else's store, to be read only
 
     def read(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
         return os.preadv(handle, buffers, offset)
@@ -191,6 +203,17 @@ class SystemDisk:
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BaseException:
+            os.close(handle)
+            raise
+        return handle
+
+    def lease(self, path: str, *, shared: bool) -> int:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            if not os.fstat(handle).st_nlink:
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         except BaseException:
             os.close(handle)
             raise

@@ -3,14 +3,13 @@
 import contextlib
 import errno
 import fcntl
-import json
 import mmap
 import os
 import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,12 @@ import numpy as np
 
 from alaya_tiers.blocks import PAGE
 from alaya_tiers.commit import (
-    GENERATIONS,
-    SEGMENTS,
     Job,
     collect,
     finish,
+    lent,
+    load_generation,
     load_manifest,
-    load_segment,
     prepare,
     put_in_place,
 )
@@ -33,27 +31,20 @@ from alaya_tiers.errors import (
     IOFailed,
     StoreCorrupt,
     StoreError,
-    StoreFormat,
     StoreLocked,
-    StoreMismatch,
     StoreUnwritable,
 )
-from alaya_tiers.manifest import MOST_BYTES, Manifest, Segment
+from alaya_tiers.manifest import MOST_BYTES, Entry, Manifest
 from alaya_tiers.seams import Disk
+from alaya_tiers.snapshot import LEFT, Model, Shelf, is_session, open_here
 from alaya_tiers.tiers.base import Accountant
 from alaya_tiers.tiers.ssd import SsdTier, translate
 from alaya_tiers.tiers.zarr_format import FORMAT, array_json, attributes_of, group_json
-from alaya_tiers.verify import Damage, verify
-
-Model = dict[str, Any]
-"""What a store says of the model it was written for; JSON values only."""
 
 _PREFIX = "alaya-tiers-"
-_LEFT = ("probe", "zarr.json.partial")
-"""What a process that was killed may leave beside the rest."""
 
 
-class Store:
+class Store(Shelf):
     """A directory of KV, held open by one process.
 
     path: kept after closing; None makes a directory under ``$ALAYA_TIERS_DIR`` or the system's temporary directory that
@@ -62,22 +53,22 @@ class Store:
     Raises StoreUnwritable, StoreLocked, StoreFormat (not a store, or of a newer version), StoreMismatch, StoreCorrupt.
     """
 
+    writable = True
+
     def __init__(self, path: str | os.PathLike[str] | None, model: Model | None, disk: Disk) -> None:
         self.temporary = path is None
-        self._lock = -1
-        if path is None:
-            self.path, self._lock = _temporary_directory()
-        else:
-            self.path = os.path.abspath(path)
+        where, self._lock = _temporary_directory() if path is None else (os.path.abspath(path), -1)
+        super().__init__(where, model, disk)
         self.session = f"session-{secrets.token_hex(4)}"
-        self.model = model
-        self._disk = disk
+        self.lent: dict[int, Manifest] = {}
+        """Older generations that somebody read when we last looked: what they name was not removed."""
         self._saved_groups = False
         self.torn = False
         """Whether a commit failed so late that only the next opening can tell whether it did."""
         self._pid = os.getpid()
         if self._lock < 0:
             self._lock = self._claim()
+        open_here.add(self)
         try:
             self._check()
             self.manifest = load_manifest(disk, self.path)
@@ -85,6 +76,7 @@ class Store:
                 self.tidy()
         except BaseException as error:
             disk.close(self._lock)
+            self._lock = -1
             if isinstance(error, OSError):
                 raise translate(error, self.path, "read") from error.__cause__
             raise
@@ -98,34 +90,6 @@ class Store:
         """The ssd tier of this session."""
         direct = io == "direct" or (io == "auto" and self._can_direct())
         return SsdTier(self.directory, self._disk, accountant, segment_tokens, threads, direct=direct)
-
-    def require(self, model: Model | None) -> None:
-        """Refuse another model than the store's; an empty store becomes this one's. Raises StoreMismatch."""
-        if model is None:
-            return
-        if self.model is None:
-            self.model, self._saved_groups = model, False
-        elif model != self.model:
-            raise StoreMismatch(
-                errno.EINVAL, f"the store was made for another model: {_difference(self.model, model)}", self.path
-            )
-
-    def record(self, name: str) -> Segment:
-        """The record of a stored segment. Raises StoreCorrupt."""
-        return load_segment(self._disk, self.path, self.manifest, name)
-
-    @property
-    def disk(self) -> Disk:
-        """Where the store is."""
-        return self._disk
-
-    def index_path(self, name: str) -> str:
-        """Where the index of a stored segment is, if it has one."""
-        return os.path.join(self.path, SEGMENTS, name, "index")
-
-    def verify(self, say: Callable[[int, int], None]) -> Iterator[Damage]:
-        """See ``alaya_tiers.verify``."""
-        return verify(self._disk, self.path, self.manifest, say)
 
     async def save_groups(self) -> list[str]:
         """Metadata of the groups that this session's segments are in; the files. Raises StoreError."""
@@ -163,14 +127,29 @@ class Store:
         finish(self._disk, self.path, manifest)
         self.torn, self.manifest = False, manifest
 
-    def collect(self) -> None:
-        """Remove records and manifests that do not count any more."""
-        collect(self._disk, self.path, self.manifest)
+    def require(self, model: Model | None) -> None:
+        """Refuse another model than the store's; an empty store becomes this one's. Raises StoreMismatch."""
+        if self.model is None and model is not None:
+            self._saved_groups = False
+        super().require(model)
 
-    def is_plain(self, folder: str) -> bool:
-        """Whether a folder is where it seems to be, reached through no link."""
-        path = os.path.join(self.path, folder, "c", "0", "0", "0")
-        return self._disk.resolve(path) == os.path.join(self._disk.resolve(self.path), folder, "c", "0", "0", "0")
+    def collect(self) -> None:
+        """Remove records and manifests that do not count any more and that nobody reads."""
+        known, self.lent = self.lent, {}
+        for number in lent(self._disk, self.path, self.manifest.generation):
+            with contextlib.suppress(StoreCorrupt):
+                self.lent[number] = known.get(number) or load_generation(self._disk, self.path, number)
+        collect(self._disk, self.path, self.manifest, self.lent)
+
+    @property
+    def lent_files(self) -> dict[str, int]:
+        """Bytes of files that only readers of older generations need."""
+        files = {name: nbytes for old in self.lent.values() for name, nbytes in old.files.items()}
+        return {name: nbytes for name, nbytes in files.items() if name not in self.manifest.files}
+
+    def lent_entry(self, name: str) -> Entry | None:
+        """What an older generation, held by a reader, says of a segment: it and its files are still there."""
+        return next((old.segments[name] for old in self.lent.values() if name in old.segments), None)
 
     def remove(self, path: str) -> None:
         """Remove what nobody needs; a failure leaves it for the next opening."""
@@ -179,14 +158,14 @@ class Store:
 
     def tidy(self) -> None:
         """Remove what neither the manifest nor a flushed session names: leftovers of work that came to no end."""
-        collect(self._disk, self.path, self.manifest)
-        for name in set(self._disk.names(self.path)).intersection(_LEFT):
+        self.collect()
+        for name in set(self._disk.names(self.path)).intersection(LEFT):
             self.remove(os.path.join(self.path, name))
         wanted: dict[str, set[str]] = {}
-        for name in self.manifest.files:
+        for name in {*self.manifest.files, *self.lent_files}:
             session, folder, _ = name.split("/")
             wanted.setdefault(session, set()).add(folder)
-        for session in filter(_is_session, self._disk.names(self.path)):
+        for session in filter(is_session, self._disk.names(self.path)):
             folders = wanted.get(session, set()) | self._flushed(session)
             if not folders:
                 self.remove(os.path.join(self.path, session))
@@ -227,12 +206,18 @@ class Store:
         self._disk.close(self._lock)
         self._lock = -1
 
+    def locks(self) -> list[int]:
+        return [self._lock] if self._lock >= 0 else []
+
     def _claim(self) -> int:
         try:
             return self._disk.claim(self.path)
         except BlockingIOError as error:
             raise StoreLocked(
-                errno.EAGAIN, "another cache has this store open; close it or choose another path", self.path
+                errno.EAGAIN,
+                f"{_holder(self.path)} has this store open for writing; close it there, choose another path, or open "
+                "this one with read_only=True, beside it",
+                self.path,
             ) from error
         except OSError as error:
             if error.errno in (errno.EEXIST, errno.ENOTDIR):
@@ -248,35 +233,6 @@ class Store:
 
     def _root(self) -> bytes:
         return group_json({"alaya_tiers": {"format": FORMAT, "model": self.model}})
-
-    def _check(self) -> None:
-        root, names = os.path.join(self.path, "zarr.json"), self._disk.names(self.path)
-        if "zarr.json" not in names:
-            if foreign := [n for n in names if not _is_session(n) and n not in (GENERATIONS, SEGMENTS, *_LEFT)]:
-                raise StoreFormat(
-                    errno.ENOTEMPTY,
-                    f"the directory holds other files ({foreign[0]}, ...); choose an empty one",
-                    self.path,
-                )
-            return
-        try:
-            found = attributes_of(self._disk.fetch(root, MOST_BYTES))["alaya_tiers"]
-            version, model = int(found["format"]), found["model"]
-            if not isinstance(model, dict | None):
-                raise TypeError("the model is not described by a mapping")
-        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise StoreCorrupt(errno.EIO, "the store's zarr.json cannot be read", root) from error
-        if version > FORMAT:
-            raise StoreFormat(
-                errno.EPROTO,
-                f"the store has format {version}, this version knows {FORMAT}; upgrade alaya_tiers",
-                self.path,
-            )
-        if self.model is None:
-            self.model = model
-        elif model is not None:
-            given, self.model = self.model, model
-            self.require(given)
 
     def _flushed(self, session: str) -> set[str]:
         """Folders that ``flush`` wrote down for other Zarr readers; of a file that cannot be read, all there are."""
@@ -306,16 +262,16 @@ class Store:
         return True
 
 
-def _is_session(name: str) -> bool:
-    return name.startswith("session-")
-
-
-def _difference(stored: Model, given: Model) -> str:
-    names = [n for n in sorted({*stored, *given}) if stored.get(n) != given.get(n)]
-    shown = (
-        f"{n} is {json.dumps(stored.get(n))[:60]} there and {json.dumps(given.get(n))[:60]} here" for n in names[:3]
-    )
-    return "; ".join(shown) + ("" if len(names) <= 3 else f"; and {len(names) - 3} more")
+def _holder(path: str) -> str:
+    """Who has a directory locked, as far as the system says."""
+    try:
+        status = os.stat(path)
+        place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        pid = next(int(lock[4]) for lock in locks if lock[1] == "FLOCK" and lock[5] == place)
+    except (OSError, StopIteration, ValueError, IndexError):
+        return "another cache"
+    return "another cache of this process" if pid == os.getpid() else f"process {pid}"
 
 
 def _opened(directory: str | Path) -> int:

@@ -169,6 +169,7 @@ class SimDisk:
         self.handles: dict[int, tuple[SimFile, bool]] = {}
         self._next = 3
         self.claimed: dict[int, str] = {}
+        self.leased: dict[int, tuple[str, bool]] = {}
 
     def open(self, path: str, *, create: bool, direct: bool) -> int:
         self._op("open", path)
@@ -219,6 +220,7 @@ class SimDisk:
         self._op("close", handle)
         del self.handles[handle]
         self.claimed.pop(handle, None)
+        self.leased.pop(handle, None)
 
     async def load(self, path: str) -> bytes:
         await self._later("load", path)
@@ -244,6 +246,16 @@ class SimDisk:
             raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
         self._next += 1
         self.handles[self._next], self.claimed[self._next] = (SimFile(), False), path
+        return self._next
+
+    def lease(self, path: str, *, shared: bool) -> int:
+        self._op("lease", path)
+        if path not in self.files:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+        if any(name == path and not (shared and theirs) for name, theirs in self.leased.values()):
+            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
+        self._next += 1
+        self.handles[self._next], self.leased[self._next] = (self.files[path], False), (path, shared)
         return self._next
 
     def names(self, path: str) -> list[str]:

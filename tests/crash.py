@@ -99,6 +99,7 @@ class CrashDisk:
         self.skip, self.barriers, self.failed = skip, list[str](), list[str]()
         self._handles: dict[int, File] = {}
         self._claimed: dict[int, str] = {}
+        self._leased: dict[int, tuple[str, bool]] = {}
         self._next = 3
         self._lock = threading.RLock()
         for path, data in (image or {}).items():
@@ -157,6 +158,7 @@ class CrashDisk:
         with self._lock:
             self._handles.pop(handle, None)
             self._claimed.pop(handle, None)
+            self._leased.pop(handle, None)
 
     async def load(self, path: str) -> bytes:
         return self.fetch(path, 1 << 30)
@@ -195,6 +197,16 @@ class CrashDisk:
             self._folder(path)
             self._next += 1
             self._claimed[self._next] = path
+            return self._next
+
+    def lease(self, path: str, *, shared: bool) -> int:
+        with self._lock:
+            if not isinstance(self._find(path), File):
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
+            if any(name == path and not (shared and theirs) for name, theirs in self._leased.values()):
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN), path)
+            self._next += 1
+            self._leased[self._next] = path, shared
             return self._next
 
     def names(self, path: str) -> list[str]:

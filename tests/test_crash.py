@@ -31,6 +31,7 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.errors import AlayaError, IOFailed, StoreError
 from alaya_tiers.identity import Identity
 from alaya_tiers.seams import SystemDisk
+from alaya_tiers.snapshot import Snapshot
 from tests.crash import CrashDisk, Image
 
 ROOT = "/store"
@@ -61,10 +62,11 @@ def kv(tokens: np.ndarray[Any, Any], layer: int) -> Tensor:
 class Base:
     """Contexts on some disk, and texts that go into it."""
 
-    def __init__(self, disk: Any, path: str = ROOT) -> None:
-        self.engine = Engine(SETTINGS, path, {"some": "model"}, disk=disk)
+    def __init__(self, disk: Any, path: str = ROOT, *, read_only: bool = False) -> None:
+        snapshot = Snapshot(path, {"some": "model"}, disk) if read_only else None
+        self.engine = Engine(SETTINGS, None if read_only else path, {"some": "model"}, disk=disk)
         try:
-            self.contexts = Contexts(self.engine)
+            self.contexts = Contexts(self.engine, snapshot)
         except BaseException:
             self.engine.close()
             raise
@@ -88,6 +90,7 @@ class Base:
 
     def close(self) -> None:
         self.engine.close()
+        self.contexts.close()
 
 
 TEXTS = [list(range(1, 22)), [*range(1, 19), 50, 51, 52, 53, 54], [9] * 7, list(range(1, 30))]

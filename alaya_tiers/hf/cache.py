@@ -26,8 +26,8 @@ from alaya_tiers.explain import Explanation
 from alaya_tiers.hf import continuing
 from alaya_tiers.hf.layer import AlayaLayer
 from alaya_tiers.hf.switch import Switched
+from alaya_tiers.snapshot import Model
 from alaya_tiers.stats import Stats
-from alaya_tiers.store import Model
 
 
 class AlayaCache(DynamicCache):

@@ -20,6 +20,8 @@ from alaya_tiers.hf.continuing import weights_digest
 from alaya_tiers.hf.stored import StoredCache, check_layers, see
 from alaya_tiers.identity import Identity, Tokens, model_digest
 from alaya_tiers.manifest import Context
+from alaya_tiers.seams import SystemDisk
+from alaya_tiers.snapshot import Snapshot
 from alaya_tiers.verify import Damage
 
 KV = DynamicCache | Sequence[tuple[Tensor, Tensor]] | Iterable[Chunk]
@@ -31,11 +33,12 @@ Hooks = weakref.WeakKeyDictionary[PreTrainedModel, RemovableHandle]
 
 
 class DB:
-    """Contexts in a directory, and sessions on them. One process at a time; sessions share its budgets.
+    """Contexts in a directory, and sessions on them. One process writes, any number reads; sessions share its budgets.
 
-    path: the directory, made if need be. settings: a Settings object; or its fields as keyword arguments, for example
-    ``device_budget="256MiB", host_budget="2GiB"``. model: that of all sessions which are not given one. tenant: a
-    secret text; what is stored under it is found under it only.
+    path: the directory, made if need be. read_only: open what is stored now, beside the process that writes; new tokens
+    of sessions live in a temporary directory, and what is stored later is seen after ``refresh()``. settings: Settings;
+    or its fields as keyword arguments, for example ``device_budget="256MiB", host_budget="2GiB"``. model: that
+    of all sessions which are not given one. tenant: a secret text; what is stored under it is found under it only.
 
     ``close()``, or leaving a ``with`` block, ends all sessions. What was stored stays, what was not is removed.
 
@@ -49,15 +52,23 @@ class DB:
         *,
         model: PreTrainedModel | None = None,
         tenant: str = "",
+        read_only: bool = False,
         **overrides: Any,
     ) -> None:
         base = settings if settings is not None else Settings()
         described = None if model is None else model_of(model.config)
-        self._engine = Engine(base.replace(**overrides), os.fspath(path), described)
+        snapshot = Snapshot(path, described, SystemDisk()) if read_only else None
         try:
-            self._contexts = Contexts(self._engine)
+            own = None if snapshot is not None else os.fspath(path)
+            self._engine = Engine(base.replace(**overrides), own, described)
+            try:
+                self._contexts = Contexts(self._engine, snapshot)
+            except BaseException:
+                self._engine.close()
+                raise
         except BaseException:
-            self._engine.close()
+            if snapshot is not None:
+                snapshot.close()
             raise
         self._model, self._tenant = model, tenant
         self._hooks: Hooks = weakref.WeakKeyDictionary()
@@ -167,11 +178,26 @@ class DB:
 
     def contexts(self) -> list[Context]:
         """What is stored, oldest first; of all tenants."""
+        self._engine.check_open()
         return sorted(self._contexts.manifest.contexts.values(), key=lambda c: c.created)
 
     def delete(self, context: str) -> None:
         """Forget a context and what only it needed. Sessions on it may go on. Raises InputError, StoreError."""
         self._contexts.delete(context)
+
+    def refresh(self) -> bool:
+        """With ``read_only``: move to what is stored now; whether that is something else. Sessions keep what they have.
+
+        Raises StoreError, SessionClosed.
+        """
+        return self._contexts.refresh()
+
+    def collect(self) -> int:
+        """Remove files that only readers of older contents needed, which have gone meanwhile; bytes that still wait.
+
+        Every ``delete`` does so too. Raises StoreError.
+        """
+        return self._contexts.collect()
 
     def verify(self, *, say: Say = silent) -> list[Damage]:
         """Read all that is stored and compare it with its digests; what is damaged, and whose it is."""
@@ -182,6 +208,7 @@ class DB:
         """End all sessions, remove what was not stored, unlock the directory. Twice is fine."""
         _unhook(self._hooks)
         self._engine.close()
+        self._contexts.close()
 
     def __enter__(self) -> Self:
         return self
@@ -220,7 +247,7 @@ class DB:
     def _identity_of(self, weights: str, dtype: str, *, lossy: bool) -> Identity:
         s = self._engine.settings
         return Identity(
-            model=model_digest(self._engine.store.model),
+            model=model_digest(self._contexts.shelf.model),
             weights=weights,
             dtype=dtype,
             block_tokens=s.block_tokens,
@@ -230,7 +257,7 @@ class DB:
 
     def _require(self, config: PretrainedConfig) -> None:
         check_layers(config)
-        self._engine.store.require(model_of(config))
+        self._contexts.shelf.require(model_of(config))
 
     def _meet(self, model: PreTrainedModel) -> None:
         """A model is about to run over one of our sessions: from here on that session sees its token ids."""

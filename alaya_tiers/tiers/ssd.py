@@ -77,6 +77,8 @@ class SegmentFile:
     """Tokens that are missing at the end of its last block."""
     kept: int = 0
     """Blocks charged because a stored context has them, alive in a session or not; such a file never changes again."""
+    ours: bool = True
+    """Whether we pay for it and remove it; what others stored is only read."""
     doubtful: bool = False
     """Whether making it durable failed once: nobody can say what is on disk."""
 
@@ -84,6 +86,11 @@ class SegmentFile:
     def stride(self) -> int:
         """Bytes from one block to the next."""
         return round_up(self.shape.nbytes, PAGE)
+
+    @property
+    def price(self) -> int:
+        """What a block is charged."""
+        return self.stride if self.ours else 0
 
     @property
     def data_bytes(self) -> int:
@@ -196,11 +203,13 @@ class SsdTier:
         file.published = False
         return number, offset
 
-    def adopt(self, folder: str, layer: int, segment: int, shape: BlockShape, kept_bytes: int) -> int:
-        """A file of stored contexts, charged already; its number. folder: that of its array, inside the store."""
+    def adopt(
+        self, folder: str, layer: int, segment: int, shape: BlockShape, kept_bytes: int, *, ours: bool = True
+    ) -> int:
+        """A file of stored contexts, charged already; its number. folder: that of its array. ours: see SegmentFile."""
         offsets = np.full((shape.geometry.kv_heads, self._segment_tokens // shape.tokens), -1, np.int64)
-        path = os.path.join(os.path.dirname(self.directory), folder, "c", "0", "0", "0")
-        file = SegmentFile(path, layer, -1, segment, shape, offsets.shape[1], offsets, published=True)
+        path = os.path.join(folder, "c", "0", "0", "0")
+        file = SegmentFile(path, layer, -1, segment, shape, offsets.shape[1], offsets, published=True, ours=ours)
         file.kept = kept_bytes // file.stride
         self.files.append(file)
         return len(self.files) - 1
@@ -216,9 +225,9 @@ class SsdTier:
     def unkeep(self, number: int) -> list[str]:
         """No stored context has this file any more; the file, to be removed, if no session uses it either."""
         file = self.files[number]
-        self._accountant.release("ssd", (file.kept - file.live) * file.stride)
+        self._accountant.release("ssd", (file.kept - file.live) * file.price)
         file.kept = 0
-        return [] if file.live else [file.path]
+        return [] if file.live or not file.ours else [file.path]
 
     def unplace(self, number: int, offset: int) -> list[str]:
         """Take back a place that was not written; the file, to be removed, if nothing lives in it."""
@@ -269,7 +278,7 @@ class SsdTier:
     def close(self) -> None:
         """Close all handles and give the budget back. No job may be running."""
         self._handles.close()
-        self._accountant.release("ssd", sum(max(f.live, f.kept) * f.stride for f in self.files))
+        self._accountant.release("ssd", sum(max(f.live, f.kept) * f.price for f in self.files))
         self.files, self._by_name = [], {}
 
     def remove(self, path: str) -> None:
@@ -284,8 +293,8 @@ class SsdTier:
         assert file.live >= 0, f"{file.path}: more blocks dropped than placed"
         if file.kept:
             return None
-        self._accountant.release("ssd", file.stride)
-        if file.live:
+        self._accountant.release("ssd", file.price)
+        if file.live or not file.ours:
             return None
         self._by_name.pop((file.stream, file.segment, file.layer), None)
         return file.path
