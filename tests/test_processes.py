@@ -247,7 +247,12 @@ def fork(path: str) -> None:
         with torch.no_grad():
             model(input_ids=rest, past_key_values=session)
         ready, told = os.pipe()
-        sleeping = forked(lambda told=told: (os.write(told, b"."), time.sleep(9)))  # type: ignore[misc]
+
+        def sleep(told: int = told) -> None:
+            os.write(told, b".")
+            time.sleep(9)
+
+        sleeping = forked(sleep)
         os.read(ready, 1)
         os.close(ready)
         os.close(told)
