@@ -29,7 +29,9 @@ from alaya_tiers.errors import ContextTooLong, InputError
 from alaya_tiers.explain import Explanation, explain
 from alaya_tiers.layer import AtHand, Layer, Row
 from alaya_tiers.ledger import Ids
-from alaya_tiers.stats import Stats, TierUse
+from alaya_tiers.observe import observe
+from alaya_tiers.pace import Meter
+from alaya_tiers.stats import Stats
 from alaya_tiers.view import Gathered, Heads, Spans, Visible, mask_of, positions_of, tiles
 
 __all__ = ["Session", "Visible"]
@@ -48,6 +50,7 @@ class Session:
         self.engine, self.most_tokens = engine, most_tokens
         self.layers: dict[int, Layer] = {}
         self.gathered = self.gathered_bytes = 0
+        self._meter = Meter(engine.steps, engine.clock)
         weakref.finalize(self, _let_go, self.layers, engine).atexit = False
 
     # ------------------------------------------------------------------ write
@@ -63,6 +66,7 @@ class Session:
                 "positions; "
                 "shorten the prompt, or pass max_tokens=... if the model really extrapolates"
             )
+        self._meter.begins(layer, k.shape[2])
         state.append(k.detach(), v.detach())
 
     def length(self, layer: int = 0) -> int:
@@ -129,6 +133,7 @@ class Session:
                 self.engine.partitions.want(state.ids(row.first[: state.length // state.shape.tokens]))
         if n * heads <= FEW_ROWS * state.shape.geometry.kv_heads:
             state.history.measured = self.engine.clock.monotonic() - began
+        self._meter.attended()
         return out
 
     def _sparse(
@@ -211,25 +216,11 @@ class Session:
 
     def stats(self) -> Stats:
         """What happened so far."""
-        engine = self.engine
-        books, tiers = engine.accountant, {}
-        for name, limit in books.limits.items():
-            tiers[name] = TierUse(limit, engine.used_bytes(name), books.peak[name])
-        traffic = engine.traffic
-        return Stats(
-            tokens=max((state.length for state in self.layers.values()), default=0),
-            kv_bytes=sum(s.length * s.shape.geometry.token_bytes * len(s.rows) for s in self.layers.values()),
-            tiers=tiers,
-            touched=replace(engine.touched),
-            read_bytes=traffic.read_bytes,
-            read_ahead_bytes=traffic.read_ahead_bytes,
-            written_bytes=traffic.written_bytes,
-            waited_seconds=engine.waited_seconds,
-            gathered=self.gathered,
-            gathered_bytes=self.gathered_bytes,
-            direct_io=engine.direct_io,
-            path=None if engine.store.temporary else engine.store.path,
-            sparse=None if engine.sparse is None else replace(engine.sparse),
+        layers = list(self.layers.values())  # at once: a live view asks from another thread
+        kv_bytes = sum(s.length * s.shape.geometry.token_bytes * len(s.rows) for s in layers)
+        tokens = max((state.length for state in layers), default=0)
+        return replace(
+            observe(self.engine, tokens, kv_bytes), gathered=self.gathered, gathered_bytes=self.gathered_bytes
         )
 
     def clear(self) -> None:

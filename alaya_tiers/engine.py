@@ -22,6 +22,7 @@ from alaya_tiers.errors import BudgetTooSmall, ConfigError, InputError, SessionC
 from alaya_tiers.ledger import Ids
 from alaya_tiers.loop import LoopThread
 from alaya_tiers.mover import Mover, Policies, Traffic
+from alaya_tiers.pace import Steps
 from alaya_tiers.partitions import Partitions
 from alaya_tiers.policies import EVICTION, PREFETCH, Watermark, Window, by_name
 from alaya_tiers.seams import Clock, Disk, Executor, SystemClock, SystemDisk, Threads
@@ -71,7 +72,10 @@ class Engine:
         self.clock: Clock = clock or SystemClock()
         self.store = Store(path, model, disk or SystemDisk())
         self.touched = Touched()
-        self.waited_seconds = 0.0
+        self.steps = Steps()
+        self.waited_seconds = self.stalled_seconds = 0.0
+        self.stalls = 0
+        """How often new blocks had to wait until older ones were written, for ``stalled_seconds`` in all."""
         self._executor = executor
         self._mover: Mover | None = None
         self._loop: LoopThread | None = None
@@ -160,7 +164,7 @@ class Engine:
             if slots is not None:
                 first = mover.ledger.opened(layer, stream, start, slots)
         if slots is None:
-            slots = self._wait(mover.device_room(heads))
+            slots = self._stall(mover.device_room(heads))
             with mover.lock:
                 first = mover.ledger.opened(layer, stream, start, slots)
         if mover.wants_writer():
@@ -384,6 +388,14 @@ class Engine:
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return self.wait_for(self.submit(work))
+
+    def _stall(self, work: Coroutine[Any, Any, T]) -> T:
+        began = self.clock.monotonic()
+        try:
+            return self._wait(work)
+        finally:
+            self.stalls += 1
+            self.stalled_seconds += self.clock.monotonic() - began
 
     def close(self) -> None:
         """Finish what is in flight, give back all memory, remove what nobody can read later. Twice is fine."""

@@ -206,6 +206,11 @@ class Mover:
         return 2 * heads * self.host.slot_bytes
 
     @property
+    def waiting(self) -> int:
+        """How many coroutines sleep until something changes."""
+        return self._waiters
+
+    @property
     def waited_for(self) -> bool:
         """Whether some coroutine sleeps until something changes."""
         return self._waiters > 0

@@ -1,7 +1,9 @@
 """What a cache did so far, as data."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+from alaya_tiers.pace import Steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,20 @@ class Touched:
     def total(self) -> int:
         """All bytes attention read."""
         return self.device + self.host + self.ahead + self.waited
+
+
+@dataclass(frozen=True, slots=True)
+class Queues:
+    """What is under way at this moment, in bytes of whole blocks.
+
+    reading: on their way from ssd. writing: on their way to it. dirty: in host memory, not on ssd, and waiting to be
+    written. waiting: how many calls sleep until one of these gets smaller.
+    """
+
+    reading: int = 0
+    writing: int = 0
+    dirty: int = 0
+    waiting: int = 0
 
 
 @dataclass(slots=True)
@@ -88,8 +104,10 @@ class Stats:
 
     tokens: length of the context. kv_bytes: what a dense cache would hold. tiers: by name. touched: what attention
     read. read_bytes, written_bytes: moved from and to ssd. waited_seconds: time attention and update spent waiting for
-    storage. gathered: how often a full K and V were materialised because some code looked inside them, and the largest.
-    sparse: what sparse mode used, None in exact mode.
+    storage; of this, stalled_seconds: how long new tokens waited for the disk to take older ones, stalls times
+    (backpressure). queues: what is under way now. steps: how long tokens took. gathered: how often a full K and V were
+    materialised because some code looked inside them, and the largest. sparse: what sparse mode used, None in exact
+    mode.
     """
 
     tokens: int
@@ -105,6 +123,10 @@ class Stats:
     direct_io: bool
     path: str | None = field(default=None)
     sparse: SparseUse | None = None
+    stalls: int = 0
+    stalled_seconds: float = 0.0
+    queues: Queues = field(default_factory=Queues)
+    steps: Steps = field(default_factory=Steps)
 
     @property
     def hit_rate(self) -> float:
@@ -117,7 +139,22 @@ class Stats:
         read = self.touched.ahead + self.touched.waited
         return self.touched.ahead / read if read else 1.0
 
+    @property
+    def prefetch_precision(self) -> float:
+        """Share of the bytes read ahead that attention asked for so far; what still waits to be used counts as not."""
+        return min(1.0, self.touched.ahead / self.read_ahead_bytes) if self.read_ahead_bytes else 1.0
+
     def as_dict(self) -> dict[str, Any]:
         """The snapshot as JSON values."""
+        ratios = {name: getattr(self, name) for name in ("hit_rate", "io_hidden", "prefetch_precision")}
+        steps = {"tpot": self.steps.decoding.as_dict(), "prefill_seconds_per_token": self.steps.prefill_rate}
         sparse = None if self.sparse is None else self.sparse.as_dict()
-        return asdict(self) | {"hit_rate": self.hit_rate, "io_hidden": self.io_hidden, "sparse": sparse}
+        return asdict(self) | ratios | {"steps": steps, "sparse": sparse}
+
+
+class Source(Protocol):
+    """What can be asked at any moment, from any thread: an AlayaCache, a Session, a DB."""
+
+    def stats(self) -> Stats:
+        """What it did so far."""
+        ...

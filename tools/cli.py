@@ -13,6 +13,7 @@ import torch
 import transformers.utils.logging as transformers_logging
 import typer
 from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -20,6 +21,7 @@ from typer.core import TyperGroup
 
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import AlayaError
+from alaya_tiers.live import TIERS, Screen
 from alaya_tiers.stats import Stats
 from alaya_tiers.tools import (
     bench,
@@ -42,7 +44,6 @@ CANCELLED, FAILED, DIFFERS = 130, 2, 1
 
 BAR_WIDTH = 30
 WIDEST = 100
-TIERS = {"index": "magenta", "device": "green", "host": "cyan", "ssd": "blue"}
 
 
 class Commands(TyperGroup):
@@ -151,6 +152,7 @@ def demo(
     windowed: Annotated[
         bool, typer.Option("--windowed", help="Read in linear time, as only the computed model can be: 1M tokens.")
     ] = False,
+    live: Annotated[bool, typer.Option("--live", help="Show tiers, queues and times while it works.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
 ) -> None:
     """Reads a text into a cache much larger than its memory, quotes from all over it, and checks every token.
@@ -175,7 +177,7 @@ def demo(
         alpha=alpha,
         windowed=windowed,
     )
-    with progress() as watcher:
+    with progress(live=live) as watcher:
         report = demos.run(options, watcher)
     if as_json:
         print(json.dumps(as_dict(report), indent=2))
@@ -195,10 +197,11 @@ def quiet_libraries() -> None:
 
 
 class Bars(demos.Watcher):
-    """Progress bars on a terminal, a line per stage elsewhere."""
+    """Progress bars on a terminal, a line per stage elsewhere. latest: what was seen last of the cache."""
 
     def __init__(self, bars: Progress) -> None:
         self._bars, self._task = bars, TaskID(0)
+        self.latest: Stats | None = None
 
     def stage(self, name: str, total: int) -> None:
         if not self._bars.console.is_terminal:
@@ -208,6 +211,7 @@ class Bars(demos.Watcher):
         self._task = self._bars.add_task(name, total=total, facts="")
 
     def advance(self, done: int, stats: Stats | None) -> None:
+        self.latest = stats or self.latest
         task = self._bars.tasks[0]
         rate = f"{done / task.elapsed:,.0f}/s" if task.elapsed else ""
         tiers = stats.tiers.items() if stats else ()
@@ -219,8 +223,8 @@ class Bars(demos.Watcher):
 
 
 @contextmanager
-def progress() -> Iterator[Bars]:
-    """Bars on stderr that are gone when the work is done."""
+def progress(*, live: bool = False) -> Iterator[Bars]:
+    """Bars on stderr that are gone when the work is done; with ``live``, above a screen of what the cache does."""
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}"),
@@ -228,8 +232,18 @@ def progress() -> Iterator[Bars]:
         TextColumn("{task.percentage:>3.0f}%"),
         TextColumn("{task.fields[facts]}"),
     )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bars:
-        yield Bars(bars)
+    bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    watcher, screen = Bars(bars), Screen()
+    if not live:
+        with bars:
+            yield watcher
+        return
+
+    def draw() -> RenderableType:
+        return Group(bars, *([] if watcher.latest is None else [screen.draw(watcher.latest)]))
+
+    with Live(get_renderable=draw, console=console, refresh_per_second=4, auto_refresh=console.is_terminal):
+        yield watcher
 
 
 def as_dict(report: demos.Report) -> dict[str, Any]:

@@ -20,8 +20,10 @@ from alaya_tiers.hf.continuing import weights_digest
 from alaya_tiers.hf.stored import StoredCache, check_layers, see
 from alaya_tiers.identity import Identity, Tokens, model_digest
 from alaya_tiers.manifest import Context
+from alaya_tiers.observe import observe
 from alaya_tiers.seams import SystemDisk
 from alaya_tiers.snapshot import Snapshot
+from alaya_tiers.stats import Stats
 from alaya_tiers.verify import Damage
 
 KV = DynamicCache | Sequence[tuple[Tensor, Tensor]] | Iterable[Chunk]
@@ -202,6 +204,11 @@ class DB:
     def verify(self, *, say: Say = silent) -> list[Damage]:
         """Read all that is stored and compare it with its digests; what is damaged, and whose it is."""
         return self._contexts.verify(say)
+
+    def stats(self) -> Stats:
+        """What all sessions did so far; tokens and kv_bytes are those of what is stored."""
+        stored = self._contexts.manifest
+        return observe(self._engine, sum(s.tokens for s in stored.segments.values()), sum(stored.files.values()))
 
     # ------------------------------------------------------------------ life
     def close(self) -> None:
