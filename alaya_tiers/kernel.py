@@ -49,6 +49,9 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.alaya_scan.argtypes = [number] + [pointer] * 5 + [number] * 8 + [ctypes.c_float] * 4 + [pointer] * 6
     library.alaya_walk.argtypes = [pointer] * 6 + [number] * 8 + [ctypes.c_float] + [pointer] * 3
     library.alaya_walk.restype = number
+    library.alaya_digest.argtypes = [pointer, number, pointer, number, number, pointer]
+    library.alaya_digest.restype = None
+    library.alaya_read.argtypes = [number, pointer, pointer, pointer, pointer, number, pointer]
     library.alaya_copy_blocks.argtypes = [number, pointer, pointer, pointer, number]
     library.alaya_copy_blocks.restype = None
     library.alaya_write_rows.argtypes = [number, pointer, pointer, pointer, *[number] * 8]
@@ -191,6 +194,30 @@ def write(k: Tensor, v: Tensor, addresses: npt.NDArray[np.int64]) -> None:
         _threads(heads * n * (k_bytes + v_bytes)), k.data_ptr(), v.data_ptr(), _address(addresses), heads, n,
         k.stride(0) * size, k.stride(1) * size, v.stride(0) * size, v.stride(1) * size, k_bytes, v_bytes,
     )  # fmt: skip
+
+
+def digest(
+    function: int, addresses: npt.NDArray[np.int64], nbytes: int, page: int, out: npt.NDArray[np.uint64]
+) -> None:
+    """digest.pages_at on contiguous arguments. function: address of a C function (bytes, length) -> uint64."""
+    _library().alaya_digest(function, len(addresses), _address(addresses), nbytes, page, _address(out))
+
+
+def read_pages(
+    files: npt.NDArray[np.int32],
+    offsets: npt.NDArray[np.int64],
+    first: npt.NDArray[np.int64],
+    addresses: npt.NDArray[np.int64],
+    page: int,
+) -> npt.NDArray[np.int64]:
+    """seams.Disk.read_pages on contiguous arguments. Raises MemoryError."""
+    done = np.empty(len(files), np.int64)
+    failed = _library().alaya_read(
+        len(files), _address(files), _address(offsets), _address(first), _address(addresses), page, _address(done)
+    )
+    if failed:
+        raise MemoryError("no memory for a list of reads")
+    return done
 
 
 def _threads(nbytes: int) -> int:

@@ -38,8 +38,8 @@ class LayerBlocks:
     """The blocks of one layer of a segment.
 
     files: folders of the arrays the blocks are in, relative to the store. where: for each run of blocks the number of
-    its file, int64 [runs]. digests: xxh3-64 of each block, uint64 [kv_heads, runs]. A run is at the place in its file
-    that its number in the segment says.
+    its file, int64 [runs]. digests: of each block (``alaya_tiers.digest``), uint64 [kv_heads, runs]. A run is at the
+    place in its file that its number in the segment says.
     """
 
     kv_heads: int

@@ -7,6 +7,7 @@ runs in one thread, on a virtual clock, over a simulated disk, the same way ever
 
 import asyncio
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
@@ -20,8 +21,13 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 import aiofiles
+import numpy as np
+import numpy.typing as npt
+
+from alaya_tiers import kernel
 
 T = TypeVar("T")
+Numbers = npt.NDArray[np.int64]
 Rng = random.Random
 """Chance: always an instance made from a seed, never the module's global one."""
 
@@ -58,6 +64,16 @@ class Disk(Protocol):
 
     def read(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
         """Fill buffers from ``offset``; the number of bytes read, which may be short."""
+        ...
+
+    def read_pages(
+        self, handles: npt.NDArray[np.int32], offsets: Numbers, first: Numbers, addresses: Numbers, page: int
+    ) -> Numbers:
+        """Many small reads at once: bytes read, which may be short, or -errno, int64 [n]. It has ended when it returns.
+
+        Read i is of ``handles[i]`` from ``offsets[i]`` on into ``page`` bytes at each of
+        ``addresses[first[i] : first[i + 1]]``. handles: int32 [n]; offsets: int64 [n]; first: int64 [n + 1].
+        """
         ...
 
     def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
@@ -116,6 +132,25 @@ class Disk(Protocol):
         ...
 
 
+def memory(address: int, nbytes: int) -> memoryview:
+    """The ``nbytes`` at ``address``, writable. The caller owns that memory for as long as the view is used."""
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
+def read_each(
+    disk: Disk, handles: npt.NDArray[np.int32], offsets: Numbers, first: Numbers, addresses: Numbers, page: int
+) -> Numbers:
+    """``Disk.read_pages`` one after the other, by ``disk.read``: for disks that are not the operating system's."""
+    done = np.empty(len(handles), np.int64)
+    for i, (handle, offset) in enumerate(zip(handles.tolist(), offsets.tolist(), strict=True)):
+        buffers = [memory(address, page) for address in addresses[first[i] : first[i + 1]].tolist()]
+        try:
+            done[i] = disk.read(handle, buffers, offset)
+        except OSError as error:
+            done[i] = -(error.errno or errno.EIO)
+    return done
+
+
 class SystemClock:
     """The real clock."""
 
@@ -155,6 +190,11 @@ class SystemDisk:
 
     def read(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
         return os.preadv(handle, buffers, offset)
+
+    def read_pages(
+        self, handles: npt.NDArray[np.int32], offsets: Numbers, first: Numbers, addresses: Numbers, page: int
+    ) -> Numbers:
+        return kernel.read_pages(handles, offsets, first, addresses, page)
 
     def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
         return os.pwritev(handle, buffers, offset)

@@ -102,11 +102,10 @@ class Shelf:
                 raise TypeError("the model is not described by a mapping")
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise StoreCorrupt(errno.EIO, "the store's zarr.json cannot be read", root) from error
-        if version > FORMAT:
+        if version != FORMAT:
+            advice = "upgrade alaya_tiers" if version > FORMAT else "make the store again: no release wrote that format"
             raise StoreFormat(
-                errno.EPROTO,
-                f"the store has format {version}, this version knows {FORMAT}; upgrade alaya_tiers",
-                self.path,
+                errno.EPROTO, f"the store has format {version}, this version knows {FORMAT}; {advice}", self.path
             )
         if self.model is None:
             self.model = model

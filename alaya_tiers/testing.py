@@ -22,10 +22,12 @@ from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from alaya_tiers.blocks import PAGE
 from alaya_tiers.policies import EvictionPolicy, EvictionView
+from alaya_tiers.seams import Numbers, read_each
 from alaya_tiers.tiers.base import Accountant, MemoryTier
 
 T = TypeVar("T")
@@ -195,6 +197,11 @@ class SimDisk:
             buffer[: len(part)] = part
             at += len(part)
         return at
+
+    def read_pages(
+        self, handles: npt.NDArray[np.int32], offsets: Numbers, first: Numbers, addresses: Numbers, page: int
+    ) -> Numbers:
+        return read_each(self, handles, offsets, first, addresses, page)
 
     def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
         file, direct = self.handles[handle]

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import xxhash
 
+from alaya_tiers import digest
 from alaya_tiers.blocks import PAGE, Geometry, round_up
 from alaya_tiers.commit import load_segment
 from alaya_tiers.errors import StoreCorrupt
@@ -101,13 +101,13 @@ def _metadata(disk: Disk, path: str, segment: Segment, layer: LayerBlocks, numbe
 
 def _digest(disk: Disk, handle: int, offset: int, nbytes: int) -> int | None:
     """The digest of a block; None if the file ends before it does."""
-    digest = xxhash.xxh3_64()
+    pages = []
     for at in range(0, nbytes, PIECE):
         part = _read(disk, handle, offset + at, min(PIECE, nbytes - at))
         if len(part) < min(PIECE, nbytes - at):
             return None
-        digest.update(part)
-    return digest.intdigest()
+        pages.append(digest.pages_of(part))
+    return int(digest.of_pages(np.concatenate(pages)[None])[0])
 
 
 def _read(disk: Disk, handle: int, offset: int, nbytes: int) -> bytearray:

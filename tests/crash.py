@@ -15,6 +15,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
+from alaya_tiers.seams import Numbers, read_each
+
 SECTOR = 512
 
 Image = dict[str, bytes]
@@ -145,6 +150,11 @@ class CrashDisk:
                 buffer[: len(part)] = part
                 done += len(part)
             return done
+
+    def read_pages(
+        self, handles: npt.NDArray[np.int32], offsets: Numbers, first: Numbers, addresses: Numbers, page: int
+    ) -> Numbers:
+        return read_each(self, handles, offsets, first, addresses, page)
 
     def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
         with self._lock:

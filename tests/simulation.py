@@ -20,11 +20,12 @@ from alaya_tiers.config import Settings
 from alaya_tiers.ledger import Ids
 from alaya_tiers.mover import Mover, Policies
 from alaya_tiers.policies import EVICTION, PREFETCH, EvictionView, Watermark, Window, by_name
+from alaya_tiers.seams import memory
 from alaya_tiers.testing import SimDisk, SimExecutor, VirtualLoop
 from alaya_tiers.tiers.base import Accountant, Slots
 from alaya_tiers.tiers.device import DeviceTier
 from alaya_tiers.tiers.host import HostTier
-from alaya_tiers.tiers.ssd import SsdTier, memory
+from alaya_tiers.tiers.ssd import SsdTier
 
 POISON = 0xDB
 

@@ -48,7 +48,7 @@ def test_zarr_opens_a_flushed_context_bit_for_bit(tmp_path: Path, dtype: torch.d
     engine, session, keys, values = filled(tmp_path, dtype, tokens, io=io, block_tokens=16)
     session.flush()
     root = zarr.open_group(str(tmp_path), mode="r")
-    assert attributes(root)["format"] == 2
+    assert attributes(root)["format"] == 3
     group = next(g for name, g in root.groups() if name == engine.store.session)
     (context,) = attributes(group)["contexts"]
     assert (context["tokens"], context["stored_tokens"]) == (tokens, stored)

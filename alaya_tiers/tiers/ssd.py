@@ -5,7 +5,6 @@ is handed out as jobs, each a batch of coalesced extents for one thread: a hop t
 """
 
 import contextlib
-import ctypes
 import errno
 import os
 import threading
@@ -17,18 +16,20 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
+from alaya_tiers import digest
 from alaya_tiers.blocks import PAGE, BlockShape, round_up
+from alaya_tiers.digest import Digests
 from alaya_tiers.errors import IOFailed, OutOfSpace, StoreCorrupt, StoreError, StoreUnwritable
-from alaya_tiers.seams import Disk
+from alaya_tiers.seams import Disk, memory
 from alaya_tiers.tiers.base import Accountant, Addresses
 from alaya_tiers.tiers.zarr_format import shard_index
 
-Digests = npt.NDArray[np.uint64]
-
 MOST_EXTENTS = 256
 """Extents of one vectored read or write (the kernel's own limit is 1024)."""
+
+LEAST_PAGES = 64
+"""Single pages that one thread reads: fewer keep too few reads under way."""
 
 SMALL_JOB = 256 << 10
 """Bytes below which splitting a request among threads costs more than it wins."""
@@ -81,6 +82,13 @@ class SegmentFile:
     """Whether we pay for it and remove it; what others stored is only read."""
     doubtful: bool = False
     """Whether making it durable failed once: nobody can say what is on disk."""
+    pages: Digests = field(default_factory=lambda: np.empty((0, 0), np.uint64))
+    """[kv_heads * blocks, pages of a block] digests of the pages of each block, where ``known``."""
+    known: npt.NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
+
+    def __post_init__(self) -> None:
+        self.pages = np.zeros((self.offsets.size, digest.pages_in(self.shape.nbytes)), np.uint64)
+        self.known = np.zeros(self.offsets.size, bool)
 
     @property
     def stride(self) -> int:
@@ -117,10 +125,10 @@ class Run:
     def nbytes(self) -> int:
         return len(self.addresses) * self.file.stride
 
-
-def memory(address: int, nbytes: int) -> memoryview:
-    """The ``nbytes`` at ``address``, writable. The caller owns that memory for as long as the view is used."""
-    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+    def note(self, pages: Digests) -> None:
+        """What was written or read and checked: digests of the pages of each block."""
+        blocks = np.arange(len(self.addresses)) + self.offset // self.file.stride
+        self.file.pages[blocks], self.file.known[blocks] = pages, True
 
 
 class Handles:
@@ -329,36 +337,99 @@ class SsdTier:
 
     def _write(self, runs: list[Run]) -> tuple[list[int], Digests]:
         members: list[int] = []
-        digests: list[int] = []
+        digests: list[Digests] = []
         for run in runs:
-            stride, nbytes = run.file.stride, run.file.shape.nbytes
-            buffers = [memory(address, stride) for address in run.addresses]
-            digests += [xxhash.xxh3_64_intdigest(buffer[:nbytes]) for buffer in buffers]
+            pages = digest.pages_at(np.array(run.addresses), run.file.shape.nbytes)
+            digests.append(digest.of_pages(pages))
             members += run.members
-            try:
-                with self._handles.use(run.file.path, create=True) as handle:
-                    self._all(self._disk.write, handle, buffers, run.offset, run.file.path)
-            except OSError as error:
-                raise translate(error, run.file.path, "write") from error
-        return members, np.array(digests, np.uint64)
+            self._move(self._disk.write, run, "write")
+            run.note(pages)
+        return members, np.concatenate(digests)
 
     def _read(self, runs: list[Run], digests: Digests) -> None:
         for run in runs:
-            stride, nbytes = run.file.stride, run.file.shape.nbytes
-            buffers = [memory(address, stride) for address in run.addresses]
-            try:
-                with self._handles.use(run.file.path, create=False) as handle:
-                    self._all(self._disk.read, handle, buffers, run.offset, run.file.path)
-            except OSError as error:
-                raise translate(error, run.file.path, "read") from error
-            for buffer, member in zip(buffers, run.members, strict=True):
-                if xxhash.xxh3_64_intdigest(buffer[:nbytes]) != int(digests[member]):
-                    raise StoreCorrupt(
-                        errno.EIO,
-                        f"a block of layer {run.file.layer} is damaged (wrong digest) and was not used; "
-                        "process this context again",
-                        run.file.path,
-                    )
+            self._move(self._disk.read, run, "read")
+            pages = digest.pages_at(np.array(run.addresses), run.file.shape.nbytes)
+            if (digest.of_pages(pages) != digests[run.members]).any():
+                raise self._damaged(run.file)
+            run.note(pages)
+
+    def _move(self, move: "Callable[[int, list[memoryview], int], int]", run: Run, doing: str) -> None:
+        """Read or write all of a run."""
+        buffers = [memory(address, run.file.stride) for address in run.addresses]
+        try:
+            with self._handles.use(run.file.path, create=doing == "write") as handle:
+                self._all(move, handle, buffers, run.offset, run.file.path)
+        except OSError as error:
+            raise translate(error, run.file.path, doing) from error
+
+    def knows(self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether single pages of these blocks can be checked, bool [n]. offsets: where the blocks begin."""
+        found = np.zeros(len(numbers), bool)
+        for number in np.unique(numbers).tolist():
+            mine = numbers == number
+            found[mine] = self.files[number].known[offsets[mine] // self.files[number].stride]
+        return found
+
+    def page_jobs(
+        self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses
+    ) -> list[Callable[[], None]]:
+        """Jobs that read and check pages of blocks it ``knows`` into ``addresses``. They raise StoreError.
+
+        offsets: int64 [n], of the pages in their files, multiples of PAGE.
+        """
+        order = np.lexsort((offsets, numbers))
+        share = max(LEAST_PAGES, -(-len(order) // self._threads))
+        pieces = (order[i : i + share] for i in range(0, len(order), share))
+        return [partial(self._read_pages, numbers[some], offsets[some], addresses[some]) for some in pieces]
+
+    def _read_pages(self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses) -> None:
+        """Neighbours are one read. What comes short or fails is read again as blocks are, which says why."""
+        joined = (numbers[1:] == numbers[:-1]) & (offsets[1:] == offsets[:-1] + PAGE)
+        joined[MOST_EXTENTS - 1 :: MOST_EXTENTS] = False
+        first = np.flatnonzero(np.append(True, ~joined))
+        ends = np.append(first, len(numbers))
+        with contextlib.ExitStack() as stack:
+            handles = np.empty(len(first), np.int32)
+            for number in np.unique(numbers).tolist():
+                path = self.files[number].path
+                try:
+                    handle = stack.enter_context(self._handles.use(path, create=False))
+                except OSError as error:
+                    raise translate(error, path, "read") from error
+                handles[numbers[first] == number] = handle
+            done = self._disk.read_pages(handles, offsets[first], ends, addresses, PAGE)
+            for i in np.flatnonzero(done != np.diff(ends) * PAGE).tolist():
+                path = self.files[int(numbers[first[i]])].path
+                buffers = [memory(address, PAGE) for address in addresses[ends[i] : ends[i + 1]].tolist()]
+                try:
+                    self._all(self._disk.read, int(handles[i]), buffers, int(offsets[first[i]]), path)
+                except OSError as error:
+                    raise translate(error, path, "read") from error
+        self._check_pages(numbers, offsets, addresses)
+
+    def _check_pages(
+        self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses
+    ) -> None:
+        for number in np.unique(numbers).tolist():
+            file, mine = self.files[number], numbers == number
+            block, page = np.divmod(offsets[mine], file.stride)
+            page //= PAGE
+            whole = (page + 1) * PAGE <= file.shape.nbytes
+            want, at = file.pages[block, page], addresses[mine]
+            fine = (digest.pages_at(at[whole], PAGE)[:, 0] == want[whole]).all()
+            if not whole.all():
+                last = file.shape.nbytes % PAGE
+                fine &= (digest.pages_at(at[~whole], last)[:, 0] == want[~whole]).all()
+            if not fine:
+                raise self._damaged(file)
+
+    def _damaged(self, file: SegmentFile) -> StoreCorrupt:
+        return StoreCorrupt(
+            errno.EIO,
+            f"a block of layer {file.layer} is damaged (wrong digest) and was not used; process this context again",
+            file.path,
+        )
 
     def _all(
         self,

@@ -25,7 +25,7 @@ from zarr.storage import MemoryStore
 
 from alaya_tiers.blocks import BlockShape
 
-FORMAT = 2
+FORMAT = 3
 """Version of the directory's layout; a higher one is refused."""
 
 MISSING = np.uint64(2**64 - 1)
