@@ -1,7 +1,9 @@
 """A session: keys and values in, attention out. Knows nothing of any model library."""
 
+import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +33,7 @@ from alaya_tiers.layer import AtHand, Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.observe import observe
 from alaya_tiers.pace import Meter
+from alaya_tiers.recorder import Recorder, recording
 from alaya_tiers.stats import Stats
 from alaya_tiers.view import Gathered, Heads, Spans, Visible, mask_of, positions_of, tiles
 
@@ -67,6 +70,8 @@ class Session:
                 "shorten the prompt, or pass max_tokens=... if the model really extrapolates"
             )
         self._meter.begins(layer, k.shape[2])
+        if (recorder := self.engine.recorder) is not None:
+            recorder.put(self, state, k.shape[2], k.shape[0], self._stored(state))
         state.append(k.detach(), v.detach())
 
     def length(self, layer: int = 0) -> int:
@@ -82,6 +87,8 @@ class Session:
         self.engine.check_open()
         for state in [self.layers[layer]] if layer is not None else self.layers.values():
             state.crop(min(length, state.length))
+            if self.engine.recorder is not None:
+                self.engine.recorder.cut(state, state.length)
 
     def select(self, layer: int, indices: Sequence[int]) -> None:
         """Make the batch of a layer rows ``indices`` of what it was."""
@@ -91,7 +98,10 @@ class Session:
     def fork(self, layer: int) -> "Layer":
         """A layer that shares all blocks with this one's."""
         self.engine.check_open()
-        return self.layers[layer].fork()
+        made = self.layers[layer].fork()
+        if self.engine.recorder is not None:
+            self.engine.recorder.forked(self.layers[layer], made)
+        return made
 
     # ------------------------------------------------------------------ read
     def attention(
@@ -131,9 +141,12 @@ class Session:
         if self.engine.partitions is not None:
             for row in state.rows:
                 self.engine.partitions.want(state.ids(row.first[: state.length // state.shape.tokens]))
+        seconds = self.engine.clock.monotonic() - began
         if n * heads <= FEW_ROWS * state.shape.geometry.kv_heads:
-            state.history.measured = self.engine.clock.monotonic() - began
+            state.history.measured = seconds
         self._meter.attended()
+        if (recorder := self.engine.recorder) is not None:
+            recorder.read(self, state, n, heads, self._stored(state), seconds)
         return out
 
     def _sparse(
@@ -209,6 +222,19 @@ class Session:
         self.engine.check_open()
         if self.engine.sparse is not None:
             sparse.build(list(self.layers.values()), say)
+            if (recorder := self.engine.recorder) is not None:
+                for state in self.layers.values():
+                    recorder.built(state)
+
+    @contextmanager
+    def record(self, path: str | os.PathLike[str]) -> Iterator[Recorder]:
+        """Inside, what this session and all others of its engine do is written to a file, line by line: a trace that
+        ``alaya-tiers simulate`` replays.
+
+        What is yielded takes marks: ``recorder.mark("decode")``. Costs below 2 % of a decode step. Raises ConfigError.
+        """
+        with recording(self.engine, path, self.engine.store.model) as recorder:
+            yield recorder
 
     def explain(self) -> Explanation:
         """In sparse mode: what the optimizer planned for the last token, layer by layer, beside what it took."""
@@ -231,6 +257,14 @@ class Session:
         self.layers.clear()
 
     # ------------------------------------------------------------------ inside
+    def _stored(self, state: Layer) -> int:
+        """Tokens of a layer that are on ssd only: for a recorder that meets it for the first time."""
+        if self.engine.recorder is None or self.engine.recorder.knows(state) or not state.rows:
+            return 0
+        with self.engine.mover.lock:
+            cold = ~self.engine.mover.ledger.readable(state.rows[0].first)
+        return int(cold.sum()) * state.shape.tokens
+
     def _layer(self, number: int, k: Tensor, v: Tensor) -> Layer:
         """The layer's state, checked against new KV."""
         self.engine.check_open()

@@ -25,6 +25,7 @@ from alaya_tiers.mover import Mover, Policies, Traffic
 from alaya_tiers.pace import Steps
 from alaya_tiers.partitions import Partitions
 from alaya_tiers.policies import EVICTION, PREFETCH, Watermark, Window, by_name
+from alaya_tiers.recorder import Recorder
 from alaya_tiers.seams import Clock, Disk, Executor, SystemClock, SystemDisk, Threads
 from alaya_tiers.snapshot import Model
 from alaya_tiers.stats import SparseUse, Touched
@@ -70,6 +71,8 @@ class Engine:
             write=Watermark(settings.dirty_limit),
         )
         self.clock: Clock = clock or SystemClock()
+        self.recorder: Recorder | None = None
+        """Told what sessions do, while somebody records them."""
         self.store = Store(path, model, disk or SystemDisk())
         self.touched = Touched()
         self.steps = Steps()

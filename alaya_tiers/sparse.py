@@ -105,6 +105,11 @@ def attend(
     whole = merge((near, Partial(found.rest.to(q.device), found.rest_lse.to(q.device))))
     sparse, window = ~dear, int(outside.count.sum())
     _note(use, torch.exp(near.lse - whole.lse)[sparse], window, n_found[sparse], history.tokens)
+    if (recorder := state.engine.recorder) is not None:
+        places = [middle.run[tokens[i] // layout.rows] * size + tokens[i] % layout.rows for i in np.flatnonzero(sparse)]
+        mass = float(torch.exp(near.lse - whole.lse)[sparse].mean()) if places else 1.0
+        flat = np.concatenate([heads[dear], np.flatnonzero(~look)])
+        recorder.found(state, q.shape[1], (window, history.tokens), heads[sparse], flat, places, mass)
     use.scanned_bytes += codes[heads].size * layout.nbytes
     if s.measure_mass and sparse.any():
         truth = merge(list(dense(every, heads[sparse])))

@@ -32,6 +32,7 @@ from alaya_tiers.tools import (
     plan,
     probe,
     quality,
+    record,
     simulate,
     stored,
     train,
@@ -72,6 +73,7 @@ bench.app.command("ttft")(ttft.command)
 app.command("train")(train.command)
 app.add_typer(bench.app, name="bench", epilog="Example: [bold]alaya-tiers bench decode --quick[/bold]")
 app.command("plan", epilog=plan.EPILOG)(plan.command)
+app.command("record", epilog=record.EPILOG)(record.command)
 app.command("profile", epilog=probe.EPILOG)(probe.command)
 app.command("simulate", epilog=simulate.EPILOG)(simulate.command)
 app.command("ls", epilog="Example: [bold]alaya-tiers ls contexts/[/bold]")(stored.ls)

@@ -92,17 +92,22 @@ def shape_of(model: str) -> Shape:
     if model in NAMED:
         return NAMED[model]
     path, config = _configuration(model)
+    return from_config(path, config)
+
+
+def from_config(name: str, config: Any) -> Shape:
+    """The shape of a configuration. name: what it is called. Raises ConfigError, UnsupportedModel."""
     if not isinstance(config, dict):
-        raise ConfigError(f"{path} is no model's configuration: it holds no JSON object")
+        raise ConfigError(f"{name} is no model's configuration: it holds no JSON object")
     windowed = config.get("sliding_window") is not None and config.get("use_sliding_window", True)
     if config.get("model_type") not in KINDS or windowed:
         kind = f"{config.get('model_type')!r}{' with a sliding window' if windowed else ''}"
-        raise UnsupportedModel(f"{path}: a model of type {kind} cannot be simulated yet, only {', '.join(KINDS)}")
+        raise UnsupportedModel(f"{name}: a model of type {kind} cannot be simulated yet, only {', '.join(KINDS)}")
     dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
     try:
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         return Shape(
-            path,
+            name,
             layers=config["num_hidden_layers"],
             hidden=hidden,
             heads=heads,
@@ -113,4 +118,4 @@ def shape_of(model: str) -> Shape:
             number_bytes=DTYPES[dtype],
         )
     except (KeyError, TypeError, ZeroDivisionError) as error:
-        raise ConfigError(f"{path} lacks {error}, or has a value there that makes no sense") from error
+        raise ConfigError(f"{name} lacks {error}, or has a value there that makes no sense") from error

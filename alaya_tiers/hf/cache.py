@@ -5,7 +5,8 @@ import itertools
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -26,6 +27,7 @@ from alaya_tiers.explain import Explanation
 from alaya_tiers.hf import continuing
 from alaya_tiers.hf.layer import AlayaLayer
 from alaya_tiers.hf.switch import Switched
+from alaya_tiers.recorder import Recorder
 from alaya_tiers.snapshot import Model
 from alaya_tiers.stats import Stats
 
@@ -130,6 +132,12 @@ class AlayaCache(DynamicCache):
     def build_index(self, say: Callable[[int, int], None] = lambda done, all_of_them: None) -> None:
         """See Session.build_index."""
         self.session.build_index(say)
+
+    @contextmanager
+    def record(self, path: str | os.PathLike[str]) -> Iterator[Recorder]:
+        """See Session.record."""
+        with self.session.record(path) as recorder:
+            yield recorder
 
     def explain(self) -> Explanation:
         """See Session.explain."""

@@ -3,6 +3,7 @@
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self, cast
 
 import torch
@@ -21,6 +22,7 @@ from alaya_tiers.hf.stored import StoredCache, check_layers, see
 from alaya_tiers.identity import Identity, Tokens, model_digest
 from alaya_tiers.manifest import Context
 from alaya_tiers.observe import observe
+from alaya_tiers.recorder import Recorder, recording
 from alaya_tiers.seams import SystemDisk
 from alaya_tiers.snapshot import Snapshot
 from alaya_tiers.stats import Stats
@@ -102,6 +104,9 @@ class DB:
             self._require(config)
         dtype = None if model is None else str(model.dtype).removeprefix("torch.")
         rows, length, found = self._longest(ids.numpy(), weights, dtype)
+        if self._engine.recorder is not None:
+            for row in ids.numpy():
+                self._engine.recorder.request(row, length)
         device = torch.device("cpu") if model is None else model.device
         session = self._contexts.open(rows, length, positions_of(config), device)
         cache = StoredCache(session, config, ids[:, :length], device, self._contexts, self._meet)
@@ -127,6 +132,13 @@ class DB:
             raise InputError("only a session of this database can be stored: make it by create_session()")
         ids = session.known_ids(None if input_ids is None else _ids(input_ids))
         return self._contexts.store(session.session, ids.numpy(), self._identity(session), self._tenant, say)
+
+    @contextmanager
+    def record(self, path: str | os.PathLike[str]) -> Iterator[Recorder]:
+        """Inside, prompts and what all sessions do are written to a file: a trace that ``alaya-tiers simulate``
+        replays. Of prompts only hashes are kept. Raises ConfigError."""
+        with recording(self._engine, path, self._engine.store.model) as recorder:
+            yield recorder
 
     # ------------------------------------------------------------------ contexts
     def import_context(
