@@ -14,6 +14,7 @@ from alaya_tiers.errors import StoreCorrupt, StoreMismatch
 from alaya_tiers.ledger import Ids
 from alaya_tiers.manifest import LayerBlocks, Segment
 from alaya_tiers.snapshot import Shelf
+from alaya_tiers.verify import is_plain
 
 Runs = npt.NDArray[np.int64]
 """The first block id of each run of blocks."""
@@ -41,7 +42,7 @@ class Adopted:
             return self._held[name]
         engine = self.engine
         for folder in segment.files:
-            if not self.shelf.is_plain(folder):
+            if not is_plain(self.shelf.disk, self.shelf.path, folder):
                 raise StoreCorrupt(errno.ELOOP, "a link leads out of the store and was not followed", folder)
         shapes = {}
         for number, layer in sorted(segment.layers.items()):
@@ -112,13 +113,21 @@ class Adopted:
             self._blocks[folder][run] = block
 
     def keep(self, name: str, segment: Segment, held: Held, numbers: dict[str, int]) -> None:
-        """The same for a segment that was just stored; its blocks are in the ledger already, in files ``numbers``."""
+        """The same for a segment that was just stored, in place of what was held under this name.
+
+        Its blocks are in the ledger already, in files ``numbers``.
+        """
         self._numbers |= numbers
+        before = self._held.get(name, [])
         with self.engine.mover.lock:
             for (first, heads), layer in zip(held, segment.layers.values(), strict=True):
                 self.engine.mover.ledger.retain(ids_of(first, heads))
                 self._note(segment, layer, first)
         self._held[name] = held
+        for (first, heads), (now, _) in zip(before, held, strict=False):
+            if self.engine.partitions is not None:
+                self.engine.partitions.forget(np.setdiff1d(first, now))
+            self.engine.release(ids_of(first, heads))
 
     def release(self, name: str) -> None:
         """A segment is not stored any more."""

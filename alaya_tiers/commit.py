@@ -6,13 +6,13 @@
     3  rename    the manifest gets its name: from here on it counts
     4  fsync     its directory
 
-What is interrupted before 3 was never there: ``collect`` removes it at the next opening. After 4 all of it is there,
-whatever happens. Nothing that the newest manifest names is ever written again or removed, and nothing that a manifest
-names which a reader holds: a reader has a shared lock on the manifest it reads, and the system lets go of it when the
-reader is gone, however it went.
+What is interrupted before 3 was never there: the next opening finds and removes it (leftovers.py). After 4 all of it is
+there, whatever happens. Nothing that the newest manifest names is ever written again or removed, and nothing that a
+manifest names which a reader holds: a reader has a shared lock on the manifest it reads, and the system lets go of it
+when the reader is gone, however it went. The one exception is the record of a damaged segment that is stored anew: a
+crash meanwhile leaves it damaged.
 """
 
-import contextlib
 import errno
 import hashlib
 import os
@@ -99,7 +99,7 @@ def load_manifest(disk: Disk, root: str) -> Manifest:
 
 def newest(disk: Disk, root: str) -> int | None:
     """The generation that counts; None where none was ever saved."""
-    for number in sorted(_numbers(disk, root), reverse=True):
+    for number in sorted(numbers(disk, root), reverse=True):
         if "zarr.json" in disk.names(os.path.dirname(_generation(root, number))):
             return number
     return None
@@ -136,7 +136,7 @@ def lease(disk: Disk, root: str, number: int) -> int | None:
 def lent(disk: Disk, root: str, generation: int) -> list[int]:
     """Generations older than this one that somebody reads."""
     found = []
-    for number in sorted(n for n in _numbers(disk, root) if n < generation):
+    for number in sorted(n for n in numbers(disk, root) if n < generation):
         try:
             disk.close(disk.lease(_generation(root, number), shared=False))
         except BlockingIOError:
@@ -146,20 +146,10 @@ def lent(disk: Disk, root: str, generation: int) -> list[int]:
     return found
 
 
-def collect(disk: Disk, root: str, manifest: Manifest, held: Mapping[int, Manifest]) -> None:
-    """Remove records and manifests that do not count. Failures leave them for the next time.
-
-    held: older manifests that somebody reads.
-    """
-    needed = manifest.segments.keys() | {name for old in held.values() for name in old.segments}
-    unwanted = [(SEGMENTS, n) for n in disk.names(os.path.join(root, SEGMENTS)) if n not in needed]
-    for n in _numbers(disk, root):
-        if n not in held and not 0 <= manifest.generation - n < KEPT:
-            unwanted.append((GENERATIONS, str(n)))
-    for folder, name in unwanted:
-        if name != "zarr.json" or not manifest.generation:
-            with contextlib.suppress(OSError):
-                disk.remove(os.path.join(root, folder, name))
+def numbers(disk: Disk, root: str) -> list[int]:
+    """The generations there are folders of."""
+    names = disk.names(os.path.join(root, GENERATIONS))
+    return [int(n) for n in names if n.isdecimal() and n.isascii() and len(n) < 18]
 
 
 def _record(root: str, name: str) -> str:
@@ -168,11 +158,6 @@ def _record(root: str, name: str) -> str:
 
 def _generation(root: str, number: int) -> str:
     return os.path.join(root, GENERATIONS, str(number), "zarr.json")
-
-
-def _numbers(disk: Disk, root: str) -> list[int]:
-    names = disk.names(os.path.join(root, GENERATIONS))
-    return [int(n) for n in names if n.isdecimal() and n.isascii() and len(n) < 18]
 
 
 def _write(disk: Disk, path: str, data: bytes) -> None:

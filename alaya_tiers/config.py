@@ -15,6 +15,7 @@ _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
 
 IoMode = Literal["auto", "direct", "buffered"]
 Mode = Literal["exact", "sparse"]
+OnCorrupt = Literal["raise", "recompute", "drop"]
 
 
 def parse_bytes(size: int | str) -> int:
@@ -75,6 +76,11 @@ class Settings:
     io: "direct" (O_DIRECT: the page cache is not used, the budgets are all the memory there is), "buffered",
         or "auto" (direct where the file system can).
     io_threads: reads and writes in flight at once.
+    on_corrupt: what a database does when a prompt's stored prefix is known to be damaged: "raise" StoreCorrupt;
+        "recompute" what is damaged and all after it: a shorter prefix is reused, with a warning, and storing the
+        session mends the context; "drop" it, with a warning: contexts that need it end before it from then on.
+    check_on_open: whether a database reads all of a stored prefix before it reuses it for the first time. Else damage
+        is met when attention asks for the block: an error, after which the next session does what ``on_corrupt`` says.
     eviction: policy of the host tier, a name in ``alaya_tiers.policies.EVICTION``.
     prefetch: policy of reading ahead, a name in ``alaya_tiers.policies.PREFETCH``.
     """
@@ -104,6 +110,8 @@ class Settings:
     batch_bytes: int = 8 << 20
     io: IoMode = "auto"
     io_threads: int = 4
+    on_corrupt: OnCorrupt = "recompute"
+    check_on_open: bool = False
     eviction: str = "scan"
     prefetch: str = "next"
 
@@ -136,6 +144,7 @@ class Settings:
                 raise ConfigError(f"{name} is an integer of at least {least}, got {getattr(self, name)!r}")
         _check_choice("io", self.io, get_args(IoMode))
         _check_choice("mode", self.mode, get_args(Mode))
+        _check_choice("on_corrupt", self.on_corrupt, get_args(OnCorrupt))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

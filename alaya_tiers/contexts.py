@@ -9,6 +9,7 @@ import errno
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
@@ -20,15 +21,18 @@ from torch import Tensor
 from alaya_tiers.adopted import Adopted, Held, Runs, ids_of
 from alaya_tiers.cache import Session
 from alaya_tiers.commit import Job, encoded
+from alaya_tiers.config import OnCorrupt
+from alaya_tiers.damage import shortened
 from alaya_tiers.engine import Engine
-from alaya_tiers.errors import InputError, IOFailed, StoreCorrupt, StoreReadOnly
-from alaya_tiers.identity import Identity, Tokens, common, segment_name
+from alaya_tiers.errors import CorruptWarning, InputError, IOFailed, StoreCorrupt, StoreReadOnly
+from alaya_tiers.identity import Identity, Tokens, segment_name
 from alaya_tiers.indexed import open_index, promise, save
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.manifest import Context, Entry, LayerBlocks, Manifest, Segment
+from alaya_tiers.prefixes import Prefixes
 from alaya_tiers.snapshot import Shelf, Snapshot
 from alaya_tiers.store import Store
-from alaya_tiers.verify import Damage
+from alaya_tiers.verify import FATAL, Damage
 
 Chunk = Sequence[tuple[Tensor, Tensor]]
 """K [rows, kv_heads, n, k_dim] and V [rows, kv_heads, n, v_dim] of the same n tokens, layer by layer."""
@@ -62,9 +66,9 @@ class Contexts:
         self.engine, self.snapshot = engine, snapshot
         self.shelf: Shelf = engine.store if snapshot is None else snapshot
         self._lock = threading.RLock()
-        self._records: dict[str, Segment] = {}
+        engine.shelf = self.shelf
+        self._prefixes = Prefixes(engine, self.shelf)
         self._adopted = Adopted(engine, self.shelf)
-        self._tree = self._children(self.manifest)
         self._late = {} if snapshot is not None else engine.store.lent_files
         """Bytes of files that no context has any more and some reader has: removed when it is gone."""
         if snapshot is None:
@@ -89,28 +93,26 @@ class Contexts:
 
     # ------------------------------------------------------------------ find
     def match(self, root: str, tokens: Tokens) -> tuple[list[str], int]:
-        """The segments that hold most of the first tokens, and how many tokens that are."""
+        """The segments that hold most of the first tokens, around damage, and how many tokens that are."""
         with self._lock:
-            names, at, before = list[str](), 0, root
-            if self._tree[0] is not self.manifest:
-                self._tree = self._children(self.manifest)
-            children = self._tree[1]
-            while at < tokens.size and before in children:
-                size = self._whole(root)
-                name = segment_name(before, tokens[at : at + size])
-                if name in children[before] and at + size <= tokens.size:
-                    found, length = name, self._common(name, tokens[at:])
-                else:
-                    lengths = {name: self._common(name, tokens[at:]) for name in children[before]}
-                    found = max(lengths, key=lambda n: lengths[n])
-                    length = lengths[found]
-                if length:
-                    names.append(found)
-                    at += length
-                if length < size:
-                    break
-                before = found
-            return names, at
+            return self._prefixes.match(root, tokens)[:2]
+
+    def find(self, root: str, tokens: Tokens, on_corrupt: OnCorrupt) -> tuple[list[str], int]:
+        """The same; damage on the way is dealt with as ``on_corrupt`` says, see Settings. Raises StoreError."""
+        while True:
+            with self._lock:
+                names, length, damaged = self._prefixes.match(root, tokens)
+                drop = on_corrupt == "drop" and self.snapshot is None
+                if damaged and on_corrupt == "raise":
+                    raise self._prefixes.corrupt(damaged[0])
+                for name in damaged:
+                    _warn(self._prefixes.corrupt(name), length, drop=drop)
+                if damaged and drop:
+                    self._prefixes.dropped.update(damaged)
+                    self._forget(shortened(self.manifest, damaged))
+                    continue
+            if not self.engine.settings.check_on_open or not self._prefixes.check(names):
+                return names, length
 
     def open(self, rows: Sequence[list[str]], length: int, most_tokens: int | None, device: torch.device) -> Session:
         """A session that holds the first ``length`` tokens of these chains of segments, one chain a row.
@@ -124,7 +126,7 @@ class Contexts:
         with self._lock:
             wanted = dict.fromkeys(name for names in rows for name in names)
             held = {name: self._hold(name, device) for name in wanted}
-            for place, number in enumerate(sorted(self._record(rows[0][0]).layers)):
+            for place, number in enumerate(sorted(self._prefixes.record(rows[0][0]).layers)):
                 first = [np.concatenate([held[name][place][0] for name in names]) for names in rows]
                 session.layers[number] = self._layer(number, first, length)
         return session
@@ -156,6 +158,7 @@ class Contexts:
         self._write_out(session, self._missing(parts), say)  # what takes time, before others have to wait for us
         with self._lock:
             new = self._missing(parts)
+            self._check_whole(session, new)
             if new or any(i not in self.manifest.contexts for i in ids):
                 self._write_out(session, new, silent)
                 self._commit(session, root, identity, new, self._again(parts), ids)
@@ -198,7 +201,7 @@ class Contexts:
             self._known(context)
             names = self.manifest.chain(context)
             session = self.open([names], self.manifest.contexts[context].tokens, None, torch.device("cpu"))
-            records = [(name, self._record(name)) for name in names]
+            records = [(name, self._prefixes.record(name)) for name in names]
         try:
             self._index(session, [Part(n, 0, one.before, one.start, one.tokens) for n, one in records], say)
         finally:
@@ -208,7 +211,7 @@ class Contexts:
         """All token ids of a context, int64. Raises InputError, StoreCorrupt."""
         with self._lock:
             self._known(context)
-            return np.concatenate([self._record(name).tokens for name in self.manifest.chain(context)])
+            return np.concatenate([self._prefixes.record(name).tokens for name in self.manifest.chain(context)])
 
     def read(self, context: str) -> Iterator[tuple[Tokens, Chunk]]:
         """Token ids, keys and values of a context, segment by segment. Raises InputError, StoreError."""
@@ -216,7 +219,7 @@ class Contexts:
             self._known(context)
             names = self.manifest.chain(context)
             session = self.open([names], self.manifest.contexts[context].tokens, None, torch.device("cpu"))
-            parts = [self._record(name) for name in names]
+            parts = [self._prefixes.record(name) for name in names]
         try:
             for part in parts:
                 end = part.start + part.tokens.size
@@ -229,12 +232,7 @@ class Contexts:
         self.engine.check_open()
         with self._lock:
             self._known(context)
-            store = self.store_here
-            old, manifest = self.manifest, self.manifest.without(context)
-            store.commit(manifest, {}, [], [], self._run)
-            self._release(old, manifest)
-            self._late |= {name: old.files[name] for name in old.files.keys() - manifest.files.keys()}
-            self._collect()
+            self._forget(self.manifest.without(context))
 
     def collect(self) -> int:
         """Remove what no context and no reader needs any more; how many bytes still wait for readers."""
@@ -270,19 +268,33 @@ class Contexts:
         """Read everything that is stored; what is damaged. say: told how many segments are done, of how many."""
         self.engine.check_open()
         with self._lock:
-            damage = self.shelf.verify(say)
-        return list(damage)
+            found = list(self.shelf.verify(say))
+            for one in found:
+                if one.kind in FATAL and one.segment is not None:
+                    self._prefixes.note(one.segment, one.path, one.run)
+            return found
 
     # ------------------------------------------------------------------ inside: storing
     def _missing(self, parts: dict[str, Part]) -> list[Part]:
-        """Those that are not stored."""
-        again = self._again(parts)
-        return [part for name, part in parts.items() if name not in self.manifest.segments and name not in again]
+        """Those that are not stored, or not whole."""
+        again, known = self._again(parts), self.manifest.segments
+        whole = {n for n, part in parts.items() if n in known and self._prefixes.usable(n) == part.tokens.size}
+        return [part for name, part in parts.items() if name not in whole and name not in again]
 
     def _again(self, parts: dict[str, Part]) -> dict[str, Entry]:
         """Those that were deleted and that a reader has still: they only have to count again."""
         lent = {} if self.snapshot is not None else {name: self.store_here.lent_entry(name) for name in parts}
-        return {n: entry for n, entry in lent.items() if entry is not None and n not in self.manifest.segments}
+        gone = self.manifest.segments.keys() | self._prefixes.dropped
+        return {n: entry for n, entry in lent.items() if entry is not None and n not in gone}
+
+    def _check_whole(self, session: Session, parts: list[Part]) -> None:
+        """Raises StoreCorrupt where a session reads blocks that are known to be damaged: it cannot mend them."""
+        ssd, book = self.engine.mover.ssd, self.engine.mover.ledger
+        for part in parts:
+            for first, _ in _held(session, part) if part.name in self.manifest.segments else ():
+                for run, file in enumerate(book.file[first].tolist()):
+                    if file >= 0 and self._prefixes.is_damaged(ssd.files[file].path, run):
+                        raise self._prefixes.corrupt(part.name)
 
     def _write_out(self, session: Session, parts: list[Part], say: Say) -> None:
         blocks = [ids_of(first, heads) for part in parts for first, heads in _held(session, part)]
@@ -302,6 +314,7 @@ class Contexts:
         for name, segment in segments.items():
             records[name], digest = encoded(segment)
             entries[name] = Entry(segment.before, segment.start, segment.tokens.size, digest, segment.files)
+        used = {folder for entry in entries.values() for folder in entry.files}
         added = {i: Context(i, entries[i].start + entries[i].tokens, time.time()) for i in ids}
         files = {name: engine.mover.ssd.live_bytes(number) for name, number in numbers.items()}
         files |= {
@@ -312,7 +325,7 @@ class Contexts:
             {**old.identities, root: identity},
             entries,
             {**added, **old.contexts},
-            {**old.files, **files},
+            {**{n: b for n, b in old.files.items() if n in used}, **files},
         )
         shards = [engine.mover.ssd.files[number].path for number in numbers.values()]
         with engine.mover.lock:
@@ -327,9 +340,20 @@ class Contexts:
                         engine.mover.garbage += engine.mover.ssd.unkeep(number)
             raise
         self._late = {name: nbytes for name, nbytes in self._late.items() if name not in manifest.files}
-        self._records |= segments
+        self._prefixes.stored(segments)
         for name, segment in segments.items():
             self._adopted.keep(name, segment, held[name], numbers)
+        if mended := old.files.keys() - manifest.files.keys():
+            self._late |= {name: old.files[name] for name in mended}
+            self._collect()
+
+    def _forget(self, manifest: Manifest) -> None:
+        """Commit a manifest that has less, and let go of what it does not need any more. Raises StoreError."""
+        old = self.manifest
+        self.store_here.commit(manifest, {}, [], [], self._run)
+        self._release(old, manifest)
+        self._late |= {name: old.files[name] for name in old.files.keys() - manifest.files.keys()}
+        self._collect()
 
     def _segment(self, session: Session, part: Part, held: Held) -> Segment:
         """The record of a segment whose blocks are all written."""
@@ -389,7 +413,7 @@ class Contexts:
         """Let go of segments that are not stored any more, or elsewhere."""
         for name, entry in old.segments.items():
             if new.segments.get(name) != entry:
-                self._records.pop(name, None)
+                self._prefixes.forget(name)
                 self._adopted.release(name)
 
     def _collect(self) -> None:
@@ -418,8 +442,12 @@ class Contexts:
     # ------------------------------------------------------------------ inside: opening
     def _hold(self, name: str, device: torch.device) -> Held:
         """A segment's blocks, in the ledger, and what is known of their index."""
-        segment, known = self._record(name), self._adopted.holds(name)
-        held = self._adopted.hold(name, segment, device)
+        segment, known = self._prefixes.record(name), self._adopted.holds(name)
+        try:
+            held = self._adopted.hold(name, segment, device)
+        except StoreCorrupt as error:
+            self._prefixes.lost(name, error)
+            raise self._prefixes.corrupt(name) from error
         store, partitions = self.shelf, self.engine.partitions
         if partitions is not None and not known:
             digest = self.manifest.segments[name].digest
@@ -440,29 +468,6 @@ class Contexts:
                 self.engine.mover.ledger.retain(made.ids(needed).ravel())
             made.rows.append(Row(self.engine.new_stream(), needed))
         return made
-
-    # ------------------------------------------------------------------ inside
-    def _children(self, manifest: Manifest) -> tuple[Manifest, dict[str, list[str]]]:
-        """The names of the segments that follow each."""
-        found: dict[str, list[str]] = {}
-        for name, entry in manifest.segments.items():
-            found.setdefault(entry.before, []).append(name)
-        return manifest, found
-
-    def _whole(self, root: str) -> int:
-        return self.manifest.identities[root].segment_tokens
-
-    def _record(self, name: str) -> Segment:
-        if name not in self._records:
-            self._records[name] = self.shelf.record(name)
-        return self._records[name]
-
-    def _common(self, name: str, tokens: Tokens) -> int:
-        """How many tokens a segment has in common with these; none if its record cannot be read: verify says why."""
-        try:
-            return common(self._record(name).tokens, tokens)
-        except StoreCorrupt:
-            return 0
 
     def _known(self, context: str) -> Context:
         found = self.manifest.contexts.get(context)
@@ -489,6 +494,13 @@ def _held(session: Session, part: Part) -> Held:
         first = state.rows[part.row].first[part.start // size : -(-end // size)]
         found.append((first.copy(), state.shape.geometry.kv_heads))
     return found
+
+
+def _warn(error: StoreCorrupt, length: int, *, drop: bool) -> None:
+    then = f"the first {length} tokens are reused; storing the session mends the rest"
+    if drop:
+        then = f"contexts that need it end before it from now on: {', '.join(c[:12] for c in error.contexts)}"
+    warnings.warn(f"{error}: {then}", CorruptWarning, stacklevel=6)
 
 
 def _length(chunk: Chunk) -> int:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
 from alaya_tiers.config import Settings
-from alaya_tiers.errors import BudgetTooSmall, ConfigError, InputError, SessionClosed
+from alaya_tiers.damage import ADVICE
+from alaya_tiers.errors import BudgetTooSmall, ConfigError, InputError, SessionClosed, StoreCorrupt
 from alaya_tiers.ledger import Ids
 from alaya_tiers.loop import LoopThread
 from alaya_tiers.mover import Mover, Policies, Traffic
@@ -27,7 +28,7 @@ from alaya_tiers.partitions import Partitions
 from alaya_tiers.policies import EVICTION, PREFETCH, Watermark, Window, by_name
 from alaya_tiers.recorder import Recorder
 from alaya_tiers.seams import Clock, Disk, Executor, SystemClock, SystemDisk, Threads
-from alaya_tiers.snapshot import Model
+from alaya_tiers.snapshot import Model, Shelf
 from alaya_tiers.stats import SparseUse, Touched
 from alaya_tiers.store import Store
 from alaya_tiers.tiers.base import Accountant, Addresses
@@ -74,6 +75,8 @@ class Engine:
         self.recorder: Recorder | None = None
         """Told what sessions do, while somebody records them."""
         self.store = Store(path, model, disk or SystemDisk())
+        self.shelf: Shelf = self.store
+        """Whose contexts are read: those of the store, or of a snapshot."""
         self.touched = Touched()
         self.steps = Steps()
         self.waited_seconds = self.stalled_seconds = 0.0
@@ -386,6 +389,9 @@ class Engine:
         began = self.clock.monotonic()
         try:
             return future.result()
+        except StoreCorrupt as error:
+            self.shelf.blame(error, ADVICE[self.settings.on_corrupt])
+            raise
         finally:
             self.waited_seconds += self.clock.monotonic() - began
 

@@ -109,7 +109,21 @@ class StoreMismatch(StoreError):
 
 
 class StoreCorrupt(StoreError):
-    """A block is missing or its digest is wrong; it was not used."""
+    """A block is missing or its digest is wrong; it was not used.
+
+    Attributes: segment (its name) and contexts (ids of all that need it), where what is damaged was stored; layer, head
+    and block (its number in the segment), where it is a block. None or () otherwise.
+    """
+
+    contexts: tuple[str, ...] = ()
+    segment: str | None = None
+    layer: int | None = None
+    head: int | None = None
+    block: int | None = None
+
+
+class CorruptWarning(UserWarning):
+    """Something stored is damaged and was not used; see ``on_corrupt`` in Settings."""
 
 
 class OutOfSpace(StoreError):

@@ -139,7 +139,10 @@ class Manifest:
 
     def without(self, context: str) -> "Manifest":
         """The next generation, without a context and what only it needed."""
-        contexts = {n: c for n, c in self.contexts.items() if n != context}
+        return self.only({n: c for n, c in self.contexts.items() if n != context})
+
+    def only(self, contexts: Mapping[str, Context]) -> "Manifest":
+        """The next generation, with these contexts and what they need; each ends with a segment there is."""
         used = {name for n in contexts for name in self.chain(n)}
         segments = {n: e for n, e in self.segments.items() if n in used}
         roots, files = {self.root(n) for n in contexts}, {f for e in segments.values() for f in e.files}

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from alaya_tiers.commit import GENERATIONS, SEGMENTS, lease, load_generation, load_segment, newest
+from alaya_tiers.damage import Place, needing, usable
 from alaya_tiers.errors import StoreCorrupt, StoreFormat, StoreLocked, StoreMismatch
+from alaya_tiers.leftovers import LEFT, is_session
 from alaya_tiers.manifest import MOST_BYTES, Manifest, Segment
 from alaya_tiers.seams import Disk
 from alaya_tiers.tiers.ssd import translate
@@ -22,9 +24,6 @@ from alaya_tiers.verify import Damage, verify
 
 Model = dict[str, Any]
 """What a store says of the model it was written for; JSON values only."""
-
-LEFT = ("probe", "zarr.json.partial")
-"""What a process that was killed may leave beside the rest."""
 
 _ATTEMPTS = 1000
 """So many generations in a row may be replaced while one is being opened."""
@@ -63,10 +62,25 @@ class Shelf:
         """Where the index of a stored segment is, if it has one."""
         return os.path.join(self.path, SEGMENTS, name, "index")
 
-    def is_plain(self, folder: str) -> bool:
-        """Whether a folder is where it seems to be, reached through no link."""
-        path = os.path.join(self.path, folder, "c", "0", "0", "0")
-        return self._disk.resolve(path) == os.path.join(self._disk.resolve(self.path), folder, "c", "0", "0", "0")
+    def blame(self, error: StoreCorrupt, advice: str) -> None:
+        """Have an error about a block say whose it is and what to do, if what is damaged was stored."""
+        if error.block is None or error.segment is not None:
+            return
+        folder = os.path.relpath(error.filename, self.path).removesuffix("/c/0/0/0")
+        place = Place(folder, error.block)
+        hurt = [n for n, entry in self.manifest.segments.items() if folder in entry.files and self._has(n, place)]
+        if hurt:
+            error.segment, error.contexts = hurt[0], needing(self.manifest, hurt)
+            whose = ", ".join(context[:12] for context in error.contexts[:3])
+            more = f" and {len(error.contexts) - 3} more" if len(error.contexts) > 3 else ""
+            error.strerror = f"{error.strerror} (stored segment {hurt[0][:12]}, needed by {whose}{more}); {advice}"
+
+    def _has(self, name: str, place: Place) -> bool:
+        try:
+            record = self.record(name)
+        except StoreCorrupt:
+            return True
+        return usable(record, {place}) < record.tokens.size
 
     def verify(self, say: Callable[[int, int], None]) -> Iterator[Damage]:
         """See ``alaya_tiers.verify``. What is stored now stays readable until it is done, whatever is deleted."""
@@ -185,11 +199,6 @@ def _forked() -> None:
 
 
 os.register_at_fork(after_in_child=_forked)
-
-
-def is_session(name: str) -> bool:
-    """Whether a folder is that of one process's files."""
-    return name.startswith("session-")
 
 
 def _difference(stored: Model, given: Model) -> str:

@@ -18,7 +18,6 @@ import numpy as np
 from alaya_tiers.blocks import PAGE
 from alaya_tiers.commit import (
     Job,
-    collect,
     finish,
     lent,
     load_generation,
@@ -34,12 +33,13 @@ from alaya_tiers.errors import (
     StoreLocked,
     StoreUnwritable,
 )
-from alaya_tiers.manifest import MOST_BYTES, Entry, Manifest
+from alaya_tiers.leftovers import leftovers, uncounted
+from alaya_tiers.manifest import Entry, Manifest
 from alaya_tiers.seams import Disk
-from alaya_tiers.snapshot import LEFT, Model, Shelf, is_session, open_here
+from alaya_tiers.snapshot import Model, Shelf, open_here
 from alaya_tiers.tiers.base import Accountant
 from alaya_tiers.tiers.ssd import SsdTier, translate
-from alaya_tiers.tiers.zarr_format import FORMAT, array_json, attributes_of, group_json
+from alaya_tiers.tiers.zarr_format import FORMAT, array_json, group_json
 
 _PREFIX = "alaya-tiers-"
 
@@ -139,7 +139,8 @@ class Store(Shelf):
         for number in lent(self._disk, self.path, self.manifest.generation):
             with contextlib.suppress(StoreCorrupt):
                 self.lent[number] = known.get(number) or load_generation(self._disk, self.path, number)
-        collect(self._disk, self.path, self.manifest, self.lent)
+        for path in uncounted(self._disk, self.path, self.manifest, self.lent):
+            self.remove(path)
 
     @property
     def lent_files(self) -> dict[str, int]:
@@ -159,19 +160,8 @@ class Store(Shelf):
     def tidy(self) -> None:
         """Remove what neither the manifest nor a flushed session names: leftovers of work that came to no end."""
         self.collect()
-        for name in set(self._disk.names(self.path)).intersection(LEFT):
-            self.remove(os.path.join(self.path, name))
-        wanted: dict[str, set[str]] = {}
-        for name in {*self.manifest.files, *self.lent_files}:
-            session, folder, _ = name.split("/")
-            wanted.setdefault(session, set()).add(folder)
-        for session in filter(is_session, self._disk.names(self.path)):
-            folders = wanted.get(session, set()) | self._flushed(session)
-            if not folders:
-                self.remove(os.path.join(self.path, session))
-            for name in self._disk.names(os.path.join(self.path, session)):
-                if name not in folders and name != "zarr.json":
-                    self.remove(os.path.join(self.path, session, name))
+        for path in leftovers(self._disk, self.path, self.manifest, self.lent):
+            self.remove(path)
 
     async def publish(self, ssd: SsdTier, number: int, segment_tokens: int) -> None:
         """Write the metadata of a segment file, so that any Zarr reader finds what is in it."""
@@ -233,18 +223,6 @@ class Store(Shelf):
 
     def _root(self) -> bytes:
         return group_json({"alaya_tiers": {"format": FORMAT, "model": self.model}})
-
-    def _flushed(self, session: str) -> set[str]:
-        """Folders that ``flush`` wrote down for other Zarr readers; of a file that cannot be read, all there are."""
-        names = self._disk.names(os.path.join(self.path, session))
-        if "zarr.json" not in names:
-            return set()
-        try:
-            data = attributes_of(self._disk.fetch(os.path.join(self.path, session, "zarr.json"), MOST_BYTES))
-            contexts = data.get("alaya_tiers", {}).get("contexts", [])
-            return {folder for c in contexts for folders in c["layers"].values() for folder in folders}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            return set(names)
 
     def _can_direct(self) -> bool:
         """Whether the file system takes O_DIRECT."""

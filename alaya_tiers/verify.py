@@ -1,34 +1,59 @@
 """Everything that is stored, read and compared with its digests."""
 
+import functools
 import json
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from alaya_tiers import digest
-from alaya_tiers.blocks import PAGE, Geometry, round_up
-from alaya_tiers.commit import load_segment
+from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
+from alaya_tiers.coded import problem_of
+from alaya_tiers.commit import GENERATIONS, SEGMENTS, load_segment
 from alaya_tiers.errors import StoreCorrupt
 from alaya_tiers.manifest import MOST_BYTES, LayerBlocks, Manifest, Segment
 from alaya_tiers.seams import Disk
-from alaya_tiers.tiers.zarr_format import shard_offsets
+from alaya_tiers.tiers.zarr_format import array_json, group_json, shard_offsets, storable
 
 PIECE = 1 << 20
 """Bytes read at a time, whatever a record says the size of a block is."""
 
+Kind = Literal["format", "manifest", "record", "blocks", "shard", "metadata", "index", "leftover"]
+FATAL = ("record", "blocks")
+"""Kinds of damage that take tokens away."""
+
 
 class Damage(NamedTuple):
-    """What is wrong. contexts: ids of those that need it. path: the file."""
+    """What is wrong.
+
+    contexts: ids of those that need it. path: the file. kind: "format" (what the store says it is), "manifest",
+    "record" (of a segment), "blocks" (keys and values), "shard" and "metadata" (we can read it, other Zarr readers
+    cannot), "index" (codes: made again when needed), "leftover" (belongs to nothing). segment: the name of the segment
+    it belongs to. run: for blocks, which run of the segment.
+    """
 
     contexts: tuple[str, ...]
     path: str
     problem: str
+    kind: Kind = "blocks"
+    segment: str | None = None
+    run: int | None = None
+
+
+class Flaw(NamedTuple):
+    """The same inside a segment."""
+
+    path: str
+    problem: str
+    kind: Kind = "blocks"
+    run: int | None = None
 
 
 def verify(disk: Disk, root: str, manifest: Manifest, say: Callable[[int, int], None]) -> Iterator[Damage]:
-    """All damage to records, blocks, shard indexes and metadata. say: told how many segments are done, of how many."""
+    """All damage to what a manifest names. say: told how many segments are done, of how many."""
+    yield from _groups(disk, root, manifest)
     needed: dict[str, list[str]] = {}
     for context in manifest.contexts:
         for name in manifest.chain(context):
@@ -38,65 +63,131 @@ def verify(disk: Disk, root: str, manifest: Manifest, say: Callable[[int, int], 
         try:
             segment = load_segment(disk, root, manifest, name)
         except StoreCorrupt as error:
-            yield Damage(contexts, str(error.filename), str(error.strerror))
+            yield Damage(contexts, str(error.filename), str(error.strerror), "record", name)
         else:
             tokens = manifest.identities[manifest.root(name)].segment_tokens
-            for layer in segment.layers.values():
-                for path, problem in _layer(disk, root, segment, layer, tokens):
-                    yield Damage(contexts, path, problem)
+            for flaw in flaws(disk, root, segment, tokens):
+                yield Damage(contexts, flaw.path, flaw.problem, flaw.kind, name, flaw.run)
+            path = f"{root}/{SEGMENTS}/{name}/index"
+            if problem := problem_of(disk, path, manifest.segments[name].digest):
+                yield Damage(contexts, path, problem, "index", name)
         say(done + 1, len(manifest.segments))
 
 
-def _layer(disk: Disk, root: str, segment: Segment, layer: LayerBlocks, tokens: int) -> Iterator[tuple[str, str]]:
+def flaws(disk: Disk, root: str, segment: Segment, tokens: int, *, blocks_only: bool = False) -> Iterator[Flaw]:
+    """All damage to the arrays of a segment. tokens: of a whole one."""
+    for number, layer in segment.layers.items():
+        shape = _shape(layer)
+        blocks, odd = divmod(tokens, layer.block_tokens)
+        if shape is None:
+            yield Flaw(root, f"there is no dtype {layer.dtype!r} for keys and values", "record")
+            continue
+        if odd or not 0 < layer.kv_heads * blocks <= MOST_BYTES // 16 or layer.where.size > blocks:
+            yield Flaw(root, "a record speaks of blocks that do not fit its segment", "record")
+            continue
+        for place, folder in enumerate(layer.files):
+            path = f"{root}/{folder}/c/0/0/0"
+            here = np.flatnonzero(layer.where == place).tolist()
+            if not is_plain(disk, root, folder):
+                yield Flaw(path, "a link leads out of the store and was not followed", "blocks", min(here, default=0))
+                continue
+            try:
+                yield from _file(disk, path, layer, shape, place, blocks, blocks_only=blocks_only)
+            except OSError as error:
+                yield Flaw(path, f"cannot be read: {error.strerror}", "blocks", min(here, default=0))
+            if not blocks_only:
+                yield from _metadata(disk, f"{root}/{folder}/zarr.json", segment, layer, place, shape, tokens, number)
+
+
+def is_plain(disk: Disk, root: str, folder: str) -> bool:
+    """Whether the array in a folder is where it seems to be, reached through no link."""
+    return disk.resolve(f"{root}/{folder}/c/0/0/0") == f"{disk.resolve(root)}/{folder}/c/0/0/0"
+
+
+def is_group(data: bytes) -> bool:
+    """Whether this is the metadata of a Zarr group, whatever its attributes are."""
+    try:
+        found, wanted = json.loads(data), json.loads(group_json({}))
+        return isinstance(found, dict) and found | {"attributes": {}} == wanted | {"attributes": {}}
+    except (ValueError, RecursionError):
+        return False
+
+
+def _shape(layer: LayerBlocks) -> BlockShape | None:
     dtype = getattr(torch, layer.dtype, None)
-    if not isinstance(dtype, torch.dtype):
-        yield root, f"there is no dtype {layer.dtype!r}"
-        return
-    blocks, odd = divmod(tokens, layer.block_tokens)
-    if odd or not 0 < layer.kv_heads * blocks <= MOST_BYTES // 16 or layer.where.size > blocks:
-        yield root, "a record speaks of blocks that do not fit its segment"
-        return
-    nbytes = layer.block_tokens * Geometry(layer.kv_heads, layer.k_dim, layer.v_dim, dtype).row_bytes
-    for number, folder in enumerate(layer.files):
-        path = f"{root}/{folder}/c/0/0/0"
+    if not isinstance(dtype, torch.dtype) or not storable(dtype):
+        return None
+    return BlockShape(Geometry(layer.kv_heads, layer.k_dim, layer.v_dim, dtype), layer.block_tokens)
+
+
+def _groups(disk: Disk, root: str, manifest: Manifest) -> Iterator[Damage]:
+    """Metadata that leads other Zarr readers to the arrays."""
+    folders = [GENERATIONS, SEGMENTS] if manifest.generation else []
+    folders += [f"{GENERATIONS}/{manifest.generation}"] if manifest.generation else []
+    for folder in folders + sorted({name.split("/")[0] for name in manifest.files}):
+        path = f"{root}/{folder}/zarr.json"
         try:
-            yield from ((path, problem) for problem in _file(disk, path, layer, number, tokens, nbytes))
-            yield from _metadata(disk, f"{root}/{folder}/zarr.json", segment, layer, number)
-        except OSError as error:
-            yield path, f"cannot be read: {error.strerror}"
+            sound = is_group(disk.fetch(path, MOST_BYTES))
+        except OSError:
+            sound = False
+        if not sound:
+            yield Damage((), path, "the group's metadata is missing or damaged", "metadata")
 
 
-def _file(disk: Disk, path: str, layer: LayerBlocks, number: int, tokens: int, nbytes: int) -> Iterator[str]:
+def _file(
+    disk: Disk, path: str, layer: LayerBlocks, shape: BlockShape, number: int, blocks: int, *, blocks_only: bool
+) -> Iterator[Flaw]:
     """One shard: its blocks, and that its index leads any Zarr reader to them."""
-    blocks, stride = tokens // layer.block_tokens, round_up(nbytes, PAGE)
+    stride = round_up(shape.nbytes, PAGE)
     offsets = (np.arange(layer.kv_heads)[:, None] * blocks + np.arange(blocks)) * stride
     handle = disk.open(path, create=False, direct=False)
     try:
         for run in np.flatnonzero(layer.where == number).tolist():
             for head in range(layer.kv_heads):
-                if _digest(disk, handle, int(offsets[head, run]), nbytes) != int(layer.digests[head, run]):
-                    yield f"block {run} of head {head} is missing or damaged"
-        index = shard_offsets(_read(disk, handle, offsets.size * stride, offsets.size * 16 + 4), offsets.size, nbytes)
+                if _digest(disk, handle, int(offsets[head, run]), shape.nbytes) != int(layer.digests[head, run]):
+                    yield Flaw(path, f"block {run} of head {head} is missing or damaged", "blocks", run)
+        if blocks_only:
+            return
+        tail = _read(disk, handle, offsets.size * stride, offsets.size * 16 + 4 + 1)
+        index = shard_offsets(tail, offsets.size, shape.nbytes)
     finally:
         disk.close(handle)
     here = np.broadcast_to(np.arange(blocks) < 0, offsets.shape).copy()
     here[:, np.flatnonzero(layer.where == number)] = True
     if index is None or not (index.reshape(offsets.shape)[here] == offsets[here]).all():
-        yield "the shard's index is damaged: other Zarr readers do not find all blocks"
+        yield Flaw(path, "the shard's index is damaged: other Zarr readers do not find all blocks", "shard")
 
 
-def _metadata(disk: Disk, path: str, segment: Segment, layer: LayerBlocks, number: int) -> Iterator[tuple[str, str]]:
+def _metadata(
+    disk: Disk,
+    path: str,
+    segment: Segment,
+    layer: LayerBlocks,
+    place: int,
+    shape: BlockShape,
+    tokens: int,
+    number: int,
+) -> Iterator[Flaw]:
     """That other Zarr readers see an array with all tokens."""
-    last = int(np.flatnonzero(layer.where == number).max(initial=-1))
-    tokens = min(segment.tokens.size, (last + 1) * layer.block_tokens)
+    last = int(np.flatnonzero(layer.where == place).max(initial=-1))
+    least = min(segment.tokens.size, (last + 1) * layer.block_tokens)
     try:
         found: Any = json.loads(disk.fetch(path, MOST_BYTES))
-        heads, length, width = found["shape"]
-        fits = (heads, width) == (layer.kv_heads, layer.k_dim + layer.v_dim) and length >= tokens
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        length = found["shape"][1]
+        ours = found["attributes"]["alaya_tiers"]
+        wanted = json.loads(_whole_array(shape, tokens))
+        wanted["shape"][1], wanted["attributes"]["alaya_tiers"] = length, ours
+        fits = found == wanted and least <= length <= tokens and ours["layer"] == number
+    except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
         fits = False
     if not fits:
-        yield path, "the array's metadata is missing or damaged"
+        yield Flaw(path, "the array's metadata is missing or damaged", "metadata")
+
+
+@functools.lru_cache(256)
+def _whole_array(shape: BlockShape, tokens: int) -> bytes:
+    """The metadata of an array of a whole segment; zarr takes its time to make one."""
+    return array_json(shape, tokens, tokens, {})
 
 
 def _digest(disk: Disk, handle: int, offset: int, nbytes: int) -> int | None:

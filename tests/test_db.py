@@ -21,6 +21,7 @@ from transformers import DynamicCache, LlamaConfig, MambaConfig, MistralConfig, 
 
 from alaya_tiers import DB, AlayaCache, GatheredWarning
 from alaya_tiers.errors import (
+    CorruptWarning,
     InputError,
     ModelChanged,
     OutOfSpace,
@@ -835,7 +836,8 @@ def test_a_damaged_record_is_a_miss_and_verify_says_why(tmp_path: Path, model: A
     record = tmp_path / "segments" / chain[2] / "zarr.json"
     record.write_bytes(record.read_bytes()[:-9])
     with opened(tmp_path) as db:
-        continued(model, db, text, 2 * SEGMENT).close()
+        with pytest.warns(CorruptWarning, match="damaged"):
+            continued(model, db, text, 2 * SEGMENT).close()
         assert [damage.contexts for damage in db.verify()] == [(name,)]
         with pytest.raises(StoreCorrupt):
             db.export_context(name)

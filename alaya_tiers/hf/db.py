@@ -12,10 +12,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from alaya_tiers.config import Settings
+from alaya_tiers.config import OnCorrupt, Settings
 from alaya_tiers.contexts import Chunk, Contexts, Say, silent
 from alaya_tiers.engine import Engine
-from alaya_tiers.errors import ConfigError, InputError
+from alaya_tiers.errors import ConfigError, InputError, StoreCorrupt
 from alaya_tiers.hf.cache import AlayaCache, model_of, positions_of
 from alaya_tiers.hf.continuing import weights_digest
 from alaya_tiers.hf.stored import StoredCache, check_layers, see
@@ -85,13 +85,17 @@ class DB:
         *,
         model: PreTrainedModel | None = None,
         config: PretrainedConfig | None = None,
+        on_corrupt: OnCorrupt | None = None,
     ) -> tuple["StoredCache", Tensor]:
         """A cache that holds the longest stored prefix of a prompt, and the tokens that are still to be processed.
 
         input_ids: [rows, tokens] or [tokens], without padding. At least the last token of each row is left, because
         the model's answer to it is what generation starts from. Give ``generate`` the whole prompt and the session; or
         a forward only the rest. model: who will run; without it the store's only model is meant, and another one is
-        refused when it runs. Nothing is read from disk but the records of the segments that are found.
+        refused when it runs. Nothing is read from disk but the records of the segments that are found, unless the
+        settings say ``check_on_open``. on_corrupt: what to do about damage that is known, see Settings; None: what the
+        settings say. Damage that nobody knows of yet is StoreCorrupt when attention asks for the block; a session made
+        after that knows of it.
 
         Raises InputError, UnsupportedModel, StoreError.
         """
@@ -103,12 +107,19 @@ class DB:
         if config is not None:
             self._require(config)
         dtype = None if model is None else str(model.dtype).removeprefix("torch.")
-        rows, length, found = self._longest(ids.numpy(), weights, dtype)
+        device = torch.device("cpu") if model is None else model.device
+        policy = self._engine.settings.on_corrupt if on_corrupt is None else on_corrupt
+        while True:
+            rows, length, found = self._longest(ids.numpy(), weights, dtype, policy)
+            try:
+                session = self._contexts.open(rows, length, positions_of(config), device)
+                break
+            except StoreCorrupt as error:
+                if error.segment is None:
+                    raise  # else it is known now, and dealt with
         if self._engine.recorder is not None:
             for row in ids.numpy():
                 self._engine.recorder.request(row, length)
-        device = torch.device("cpu") if model is None else model.device
-        session = self._contexts.open(rows, length, positions_of(config), device)
         cache = StoredCache(session, config, ids[:, :length], device, self._contexts, self._meet)
         cache._weights = found.weights if found is not None and length else weights
         if model is not None:
@@ -237,7 +248,7 @@ class DB:
 
     # ------------------------------------------------------------------ inside
     def _longest(
-        self, ids: Tokens, weights: str | None, dtype: str | None
+        self, ids: Tokens, weights: str | None, dtype: str | None, on_corrupt: OnCorrupt
     ) -> tuple[list[list[str]], int, Identity | None]:
         """The chains of segments that hold the longest stored prefix of every row, its length, and who computed it."""
         s = self._engine.settings
@@ -247,7 +258,7 @@ class DB:
             fits &= (identity.block_tokens, identity.segment_tokens) == (s.block_tokens, s.segment_tokens)
             fits &= s.mode == "sparse" or not identity.lossy
             if fits and identity.root(self._tenant) == root:
-                chains = [self._contexts.match(root, row[:-1]) for row in ids]
+                chains = [self._contexts.find(root, row[:-1], on_corrupt) for row in ids]
                 found.append((min(n for _, n in chains), [names for names, _ in chains], identity))
         if len({(i.weights, i.dtype) for _, _, i in found}) > 1:
             raise InputError("contexts of several models are stored here: say which one will run, by model=")

@@ -183,6 +183,8 @@ class SsdTier:
         self._by_name: dict[tuple[int, int, int], int] = {}
         self._paths: Counter[tuple[int, int, int]] = Counter()
         self._handles = Handles(disk, direct=direct)
+        self.damaged: set[tuple[str, int]] = set()
+        """Runs that could not be read as they were written: path of the file, number in the file."""
 
     def place(self, layer: int, shape: BlockShape, stream: int, start: int, head: int) -> tuple[int, int]:
         """Where the block of ``head`` that starts at position ``start`` goes: (file, byte offset).
@@ -350,8 +352,9 @@ class SsdTier:
         for run in runs:
             self._move(self._disk.read, run, "read")
             pages = digest.pages_at(np.array(run.addresses), run.file.shape.nbytes)
-            if (digest.of_pages(pages) != digests[run.members]).any():
-                raise self._damaged(run.file)
+            if (wrong := digest.of_pages(pages) != digests[run.members]).any():
+                first = run.offset // run.file.stride
+                raise self._corrupt(run.file, first + np.flatnonzero(wrong), "are damaged (wrong digest)")
             run.note(pages)
 
     def _move(self, move: "Callable[[int, list[memoryview], int], int]", run: Run, doing: str) -> None:
@@ -361,7 +364,8 @@ class SsdTier:
             with self._handles.use(run.file.path, create=doing == "write") as handle:
                 self._all(move, handle, buffers, run.offset, run.file.path)
         except OSError as error:
-            raise translate(error, run.file.path, doing) from error
+            first = run.offset // run.file.stride
+            raise self._failed(error, run.file, np.arange(first, first + len(buffers)), doing) from error
 
     def knows(self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """Whether single pages of these blocks can be checked, bool [n]. offsets: where the blocks begin."""
@@ -392,20 +396,22 @@ class SsdTier:
         with contextlib.ExitStack() as stack:
             handles = np.empty(len(first), np.int32)
             for number in np.unique(numbers).tolist():
-                path = self.files[number].path
+                file = self.files[number]
                 try:
-                    handle = stack.enter_context(self._handles.use(path, create=False))
+                    handle = stack.enter_context(self._handles.use(file.path, create=False))
                 except OSError as error:
-                    raise translate(error, path, "read") from error
+                    blocks = offsets[numbers == number] // file.stride
+                    raise self._failed(error, file, blocks, "read") from error
                 handles[numbers[first] == number] = handle
             done = self._disk.read_pages(handles, offsets[first], ends, addresses, PAGE)
             for i in np.flatnonzero(done != np.diff(ends) * PAGE).tolist():
-                path = self.files[int(numbers[first[i]])].path
+                file = self.files[int(numbers[first[i]])]
                 buffers = [memory(address, PAGE) for address in addresses[ends[i] : ends[i + 1]].tolist()]
                 try:
-                    self._all(self._disk.read, int(handles[i]), buffers, int(offsets[first[i]]), path)
+                    self._all(self._disk.read, int(handles[i]), buffers, int(offsets[first[i]]), file.path)
                 except OSError as error:
-                    raise translate(error, path, "read") from error
+                    blocks = offsets[ends[i] : ends[i + 1]] // file.stride
+                    raise self._failed(error, file, blocks, "read") from error
         self._check_pages(numbers, offsets, addresses)
 
     def _check_pages(
@@ -417,19 +423,33 @@ class SsdTier:
             page //= PAGE
             whole = (page + 1) * PAGE <= file.shape.nbytes
             want, at = file.pages[block, page], addresses[mine]
-            fine = (digest.pages_at(at[whole], PAGE)[:, 0] == want[whole]).all()
+            fine = np.empty(len(page), bool)
+            fine[whole] = digest.pages_at(at[whole], PAGE)[:, 0] == want[whole]
             if not whole.all():
                 last = file.shape.nbytes % PAGE
-                fine &= (digest.pages_at(at[~whole], last)[:, 0] == want[~whole]).all()
-            if not fine:
-                raise self._damaged(file)
+                fine[~whole] = digest.pages_at(at[~whole], last)[:, 0] == want[~whole]
+            if not fine.all():
+                raise self._corrupt(file, block[~fine], "are damaged (wrong digest)")
 
-    def _damaged(self, file: SegmentFile) -> StoreCorrupt:
-        return StoreCorrupt(
+    def _failed(self, error: OSError, file: SegmentFile, blocks: npt.NDArray[np.int64], doing: str) -> StoreError:
+        """The error for blocks of a file that could not be read or written."""
+        reason = translate(error, file.path, doing)
+        if doing == "read" and isinstance(reason, StoreCorrupt):
+            return self._corrupt(file, blocks, f"are not there ({reason.strerror})")
+        return reason
+
+    def _corrupt(self, file: SegmentFile, blocks: npt.NDArray[np.int64], what: str) -> StoreCorrupt:
+        """The error for blocks of a file, which are noted as damaged."""
+        heads, runs = (numbers.tolist() for numbers in np.divmod(np.unique(blocks), file.blocks))
+        self.damaged.update((file.path, run) for run in runs)
+        error = StoreCorrupt(
             errno.EIO,
-            f"a block of layer {file.layer} is damaged (wrong digest) and was not used; process this context again",
+            f"blocks of layer {file.layer} {what} and were not used: block {runs[0]} of head {heads[0]}"
+            + (f" and {len(runs) - 1} more" if len(runs) > 1 else ""),
             file.path,
         )
+        error.layer, error.head, error.block = file.layer, heads[0], runs[0]
+        return error
 
     def _all(
         self,

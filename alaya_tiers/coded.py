@@ -1,0 +1,128 @@
+"""The file of codes beside a segment's record, as bytes that are not believed.
+
+segments/NAME/index    one line: magic, sha256 and length of the header
+                       the header: JSON, which record it belongs to, and of each layer its layout and digests
+                       the codes, layer by layer, run by run, head by head
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import xxhash
+
+from alaya_tiers.index.codes import Layout
+from alaya_tiers.seams import Disk
+
+MAGIC = b"alaya-index-1"
+MOST_HEADER = 64 << 20
+_FIRST_LINE = 128
+_MOST_RUN = 1 << 30
+"""Bytes of the codes of one run; a header that speaks of more is not believed."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCodes:
+    """Where the codes of one layer are. offset: of the first run, in bytes. digests: xxh3-64 of each run, 0 = none."""
+
+    layout: Layout
+    kv_heads: int
+    offset: int
+    digests: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one run."""
+        return self.kv_heads * self.layout.nbytes
+
+
+class Header(NamedTuple):
+    """record: digest of the record the codes belong to."""
+
+    record: str
+    layers: Mapping[int, LayerCodes]
+
+
+def encoded(record: str, layers: Mapping[int, LayerCodes]) -> tuple[list[tuple[int, bytes]], int]:
+    """What stands before the codes, as pieces and their offsets; where the codes begin: offsets count from there."""
+    described = {str(n): asdict(codes) for n, codes in layers.items()}
+    header = json.dumps({"record": record, "layers": described}).encode()
+    line = b"%s %s %d\n" % (MAGIC, hashlib.sha256(header).hexdigest().encode(), len(header))
+    return [(0, line), (_FIRST_LINE, header)], _data_at(len(header))
+
+
+def header_of(disk: Disk, handle: int) -> Header:
+    """The header of an open file; offsets in it count from the file's begin. ValueError, OSError if it is not whole."""
+    try:
+        magic, digest, length = take(disk, handle, 0, _FIRST_LINE).split(b"\n")[0].split(b" ")
+        if magic != MAGIC or not length.isdigit() or len(length) > 9 or int(length) > MOST_HEADER:
+            raise ValueError("not a file of codes")
+        header = take(disk, handle, _FIRST_LINE, int(length))
+        if hashlib.sha256(header).hexdigest().encode() != digest:
+            raise ValueError("its header has another digest")
+        data = json.loads(header)
+        layers = {int(n): _layer(one, _data_at(len(header))) for n, one in data["layers"].items()}
+        if not isinstance(data["record"], str):
+            raise ValueError("it belongs to nothing")
+        return Header(data["record"], layers)
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
+        raise ValueError("its header makes no sense") from error
+
+
+def run_of(disk: Disk, handle: int, codes: LayerCodes, run: int) -> bytearray | None:
+    """The codes of one run; None if there are none, or others than were written. Raises OSError."""
+    buffer = take(disk, handle, codes.offset + run * codes.nbytes, codes.nbytes)
+    return buffer if xxhash.xxh3_64_intdigest(buffer) == codes.digests[run] else None
+
+
+def problem_of(disk: Disk, path: str, record: str) -> str | None:
+    """What is wrong with the codes of the segment whose record has this digest; None if nothing, or there are none."""
+    try:
+        handle = disk.open(path, create=False, direct=False)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"the codes cannot be read: {error.strerror}"
+    try:
+        header = header_of(disk, handle)
+        if header.record != record:
+            return "the codes are those of another record"
+        for number, codes in header.layers.items():
+            for run, digest in enumerate(codes.digests):
+                if digest and run_of(disk, handle, codes, run) is None:
+                    return f"the codes of run {run} of layer {number} are damaged"
+        return None
+    except (OSError, ValueError) as error:
+        return f"the codes cannot be used: {error}"
+    finally:
+        disk.close(handle)
+
+
+def take(disk: Disk, handle: int, offset: int, n: int) -> bytearray:
+    """``n`` bytes; fewer at the end of the file, and no more memory than there are. Raises OSError."""
+    found = bytearray()
+    while len(found) < n:
+        piece = bytearray(min(n - len(found), 1 << 20))
+        got = disk.read(handle, [memoryview(piece)], offset + len(found))
+        if got <= 0:
+            break
+        found += memoryview(piece)[:got]
+    return found
+
+
+def _data_at(header: int) -> int:
+    return -(-(_FIRST_LINE + header) // 4096) * 4096
+
+
+def _layer(data: Any, data_at: int) -> LayerCodes:
+    layout = Layout(**{name: int(value) for name, value in data["layout"].items()})
+    digests = tuple(int(digest) for digest in data["digests"])
+    numbers = (*asdict(layout).values(), int(data["kv_heads"]))
+    if min(numbers) < 1 or max(numbers) > 1 << 24 or not 0 <= int(data["offset"]) < 1 << 60:
+        raise ValueError("sizes that cannot be")
+    codes = LayerCodes(layout, int(data["kv_heads"]), data_at + int(data["offset"]), digests)
+    if codes.nbytes > _MOST_RUN:
+        raise ValueError("sizes that cannot be")
+    return codes
