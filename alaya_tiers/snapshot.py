@@ -136,8 +136,6 @@ class Snapshot(Shelf):
 
     def __init__(self, path: str | os.PathLike[str], model: Model | None, disk: Disk) -> None:
         super().__init__(os.path.abspath(path), model, disk)
-        if not os.path.isdir(self.path):
-            raise StoreFormat(errno.ENOENT, "there is no store here; open it without read_only=True first", self.path)
         self._leases = list[tuple[int, Manifest]]()
         self._finalizer = weakref.finalize(self, _give_back, self._leases, disk, os.getpid())
         open_here.add(self)

@@ -193,7 +193,10 @@ class Store(Shelf):
             shutil.rmtree(self.path, ignore_errors=True)
         elif not self.torn:
             self.tidy()
-        self._disk.close(self._lock)
+        if self.temporary:
+            os.close(self._lock)  # a real one, whatever disk this is
+        else:
+            self._disk.close(self._lock)
         self._lock = -1
 
     def locks(self) -> list[int]:

@@ -44,6 +44,8 @@ class File:
 
     def after(self, rng: random.Random, share: float) -> bytes:
         """What may be left, each sector of each write with probability ``share``."""
+        if not self.pending:
+            return self.safe
         left = bytearray(self.safe)
         for offset, data in self.pending:
             for at in range(0, len(data), SECTOR):
@@ -90,7 +92,8 @@ class CrashDisk:
     """A seams.Disk in memory that can be asked what a loss of power would leave. Thread-safe.
 
     after_each: called with this disk after every operation that changes or secures something. skip: the number of a
-    sync or rename, from 0, that is left out: a sync does nothing, a rename is a plain write of the new file.
+    sync or rename, from 0, that is left out: a sync does nothing, a rename is a plain write of the new file. barriers:
+    all of these; "" for a sync of what is safe already, or of a directory from which something was only removed.
     """
 
     fail_at, always, error = -1, False, errno.EIO
@@ -126,6 +129,11 @@ class CrashDisk:
 
         walk(self.root, "")
         return left
+
+    def contents(self, path: str) -> bytes | None:
+        """A file; None if there is none. The same object as long as it is safe and nobody writes."""
+        found = self._find(path)
+        return None if not isinstance(found, File) else bytes(found.now) if found.pending else found.safe
 
     # ------------------------------------------------------------------ the disk
     def open(self, path: str, *, create: bool, direct: bool) -> int:
@@ -238,7 +246,8 @@ class CrashDisk:
             found = self._find(path)
             if found is None:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
-            if not self._left_out(f"sync {path}"):
+            needed = any(not isinstance(c, dict) or any(c.values()) for c in found.pending)
+            if not self._left_out(f"sync {path}" if needed else ""):
                 found.sync()
             self.after_each(self)
 

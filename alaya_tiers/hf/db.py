@@ -1,5 +1,6 @@
 """The database of contexts, for transformers: sessions are caches, models say who they are."""
 
+import errno
 import os
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 from alaya_tiers.config import OnCorrupt, Settings
 from alaya_tiers.contexts import Chunk, Contexts, Say, silent
 from alaya_tiers.engine import Engine
-from alaya_tiers.errors import ConfigError, InputError, StoreCorrupt
+from alaya_tiers.errors import ConfigError, InputError, StoreCorrupt, StoreFormat
 from alaya_tiers.hf.cache import AlayaCache, model_of, positions_of
 from alaya_tiers.hf.continuing import weights_digest
 from alaya_tiers.hf.stored import StoredCache, check_layers, see
@@ -61,6 +62,8 @@ class DB:
     ) -> None:
         base = settings if settings is not None else Settings()
         described = None if model is None else model_of(model.config)
+        if read_only and not os.path.isdir(path):
+            raise StoreFormat(errno.ENOENT, "there is no store here; open it without read_only=True first", str(path))
         snapshot = Snapshot(path, described, SystemDisk()) if read_only else None
         try:
             own = None if snapshot is not None else os.fspath(path)
