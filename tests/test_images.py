@@ -40,7 +40,7 @@ def test_what_the_quick_look_says_the_slow_one_says_too() -> None:
         for _, image in random.Random(0).sample(list(recorder.found.values()), 8):
             base = Base(CrashDisk(image))
             found = {n: base.contexts.tokens(n).tolist() for n in base.contexts.manifest.contexts}
-            assert not base.contexts.verify()
+            assert {one.kind for one in base.contexts.verify()} <= {"index"}, "only what can be made again may be torn"
             for context in found:
                 check_kv(base, context)
             base.close()
