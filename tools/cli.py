@@ -26,6 +26,7 @@ from alaya_tiers.stats import Stats
 from alaya_tiers.tools import (
     bench,
     choice,
+    disk,
     heads,
     indexes,
     overhead,
@@ -67,6 +68,7 @@ app = typer.Typer(name="alaya-tiers", cls=Commands, no_args_is_help=True, add_co
 bench.app.command("overhead")(overhead.command)
 bench.app.command("attention")(heads.command)
 bench.app.command("choice")(choice.command)
+bench.app.command("io")(disk.command)
 bench.app.command("index")(indexes.command)
 bench.app.command("quality")(quality.command)
 bench.app.command("ttft")(ttft.command)
