@@ -51,6 +51,8 @@ class Settings:
     device_budget: bytes of KV in the device tier (GPU memory with CUDA, an arena of plain memory without).
     host_budget: bytes of KV in the host tier (pinned when CUDA is there).
     ssd_budget: bytes of KV on disk; None = as much as the disk has.
+    write_budget: bytes a day that may be written to the store's disk, which wears; None = any number. What is over it
+        stays in memory while it fits, then is a WriteBudgetSpent. Kept with the store; UTC days.
     mode: "exact" (tokens identical to DynamicCache) or "sparse" (decoding attends to the keys that matter and
         estimates the rest; prefill is exact).
     alpha: sparse mode attends to every key with at least this share of the largest weight (DIPR). The paper's 0.012 is
@@ -88,6 +90,7 @@ class Settings:
     device_budget: int = 256 << 20
     host_budget: int = 2 << 30
     ssd_budget: int | None = None
+    write_budget: int | None = None
     mode: Mode = "exact"
     alpha: float = 0.001
     recent_tokens: int = 512
@@ -116,7 +119,7 @@ class Settings:
     prefetch: str = "next"
 
     def __post_init__(self) -> None:
-        for name in ("device_budget", "host_budget", "ssd_budget", "batch_bytes", "index_budget"):
+        for name in ("device_budget", "host_budget", "ssd_budget", "write_budget", "batch_bytes", "index_budget"):
             if (size := getattr(self, name)) is not None:
                 object.__setattr__(self, name, parse_bytes(size))
         for name in ("block_tokens", "segment_tokens"):

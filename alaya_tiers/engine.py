@@ -36,6 +36,7 @@ from alaya_tiers.tiers.device import DeviceTier
 from alaya_tiers.tiers.host import HostTier
 from alaya_tiers.tiers.ssd import SsdTier
 from alaya_tiers.tiers.zarr_format import storable
+from alaya_tiers.wear import Wear, counted
 
 T = TypeVar("T")
 Columns = npt.NDArray[np.intp]
@@ -74,9 +75,13 @@ class Engine:
         self.clock: Clock = clock or SystemClock()
         self.recorder: Recorder | None = None
         """Told what sessions do, while somebody records them."""
-        self.store = Store(path, model, disk or SystemDisk())
+        self.wear = Wear(settings.write_budget)
+        self.store = Store(path, model, counted(disk or SystemDisk(), self.wear))
         self.shelf: Shelf = self.store
         """Whose contexts are read: those of the store, or of a snapshot."""
+        if not self.store.temporary:
+            self.wear.load(self.store.disk, self.store.path)
+            self.store.closing = partial(self.wear.save, self.store.disk, self.store.path)
         self.touched = Touched()
         self.steps = Steps()
         self.waited_seconds = self.stalled_seconds = 0.0
@@ -149,7 +154,8 @@ class Engine:
             raise ConfigError(f"mode='sparse' works on the CPU so far, not on {device}: use mode='exact'")
         executor = self._executor or Threads(s.io_threads, "alaya-io")
         ssd = self.store.tier(s.io, self.accountant, s.segment_tokens, s.io_threads)
-        publish = partial(_publish, self.store, ssd, executor, s.segment_tokens)
+        ssd.writes = self.wear
+        publish = partial(_publish, self.store, ssd, executor, s.segment_tokens, self.wear)
         device_tier = DeviceTier(s.device_budget, slot_bytes, self.accountant, device)
         host_tier = HostTier(s.host_budget, slot_bytes, self.accountant)
         self._mover = Mover(s, self.policies, device_tier, host_tier, ssd, executor, publish)
@@ -232,6 +238,7 @@ class Engine:
     def publish(self, files: list[int]) -> None:
         """Write index and metadata of these files of the ssd tier that lack them. Raises StoreError."""
         self._wait(self.mover.make_public(files))
+        self.store.closing()
 
     def run_all(self, jobs: list[Callable[[], None]]) -> None:
         """Run jobs of storage side by side, all to their end; raises the first error."""
@@ -432,9 +439,7 @@ class Loads:
         self._engine, self._ids = engine, ids
         mover = engine.mover
         column_bytes = ids.shape[0] * mover.host.slot_bytes
-        most = max(
-            1, min(engine.settings.batch_bytes, mover.host.capacity * mover.host.slot_bytes // 4) // column_bytes
-        )
+        most = max(1, mover.batch_bytes // column_bytes)
         self._batches = deque(columns[i : i + most] for i in range(0, len(columns), most))
         self._gate = asyncio.Lock()
         self._running: deque[tuple[Columns, Future[None]]] = deque()
@@ -475,9 +480,13 @@ class Loads:
                 self._engine.unpin(self._ids[:, columns].ravel())
 
 
-async def _publish(store: Store, ssd: SsdTier, executor: Executor, segment_tokens: int, number: int) -> None:
+async def _publish(
+    store: Store, ssd: SsdTier, executor: Executor, segment_tokens: int, wear: Wear, number: int
+) -> None:
     await executor.run(partial(ssd.write_index, number))
     await store.publish(ssd, number, segment_tokens)
+    if wear.due:
+        await executor.run(store.closing)
 
 
 def _close(

@@ -19,6 +19,7 @@ AlayaError
     ├── StoreMismatch                   written for another model or layout; names what differs
     ├── StoreCorrupt                    a block is missing or its digest is wrong; it was not used
     ├── OutOfSpace                      the disk or the ssd budget is full; blocks in memory stay, free space and go on
+    │   └── WriteBudgetSpent            today's bytes are written; blocks in memory stay, raise it or wait for tomorrow
     └── IOFailed                        the operating system refused a read or write; errno and path are kept
 """
 
@@ -132,6 +133,10 @@ class OutOfSpace(StoreError):
     Blocks in memory stay where they are and the session stays usable at the length it had before the
     failed step: free some space and repeat the step.
     """
+
+
+class WriteBudgetSpent(OutOfSpace):
+    """As many bytes were written today as ``write_budget`` allows; blocks in memory stay and nothing stored is lost."""
 
 
 class IOFailed(StoreError):

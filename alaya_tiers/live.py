@@ -102,7 +102,7 @@ def _lines(stats: Stats, read_rate: float, write_rate: float) -> Table:
     table.add_row(
         "ssd now",
         f"reads {format_bytes(read_rate)}/s ({format_bytes(stats.read_bytes)} so far), "
-        f"writes {format_bytes(write_rate)}/s ({format_bytes(stats.written_bytes)})",
+        f"writes {format_bytes(write_rate)}/s ({format_bytes(stats.written_bytes)}, x {stats.write_amplification:.3f})",
     )
     table.add_row(
         "queues",

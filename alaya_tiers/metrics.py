@@ -67,6 +67,7 @@ class Metrics:
             ("ssd_read_bytes", "read from ssd", stats.read_bytes),
             ("ssd_read_ahead_bytes", "of these, before attention asked", stats.read_ahead_bytes),
             ("ssd_written_bytes", "blocks written to ssd", stats.written_bytes),
+            ("disk_written_bytes", "all that was written, metadata and padding too", stats.disk_written_bytes),
             ("waited_seconds", "attention and new tokens waited for storage", stats.waited_seconds),
             ("stalled_seconds", "of these, new tokens waited for older ones to be written", stats.stalled_seconds),
             ("stalls", "times new tokens waited", stats.stalls),

@@ -98,10 +98,10 @@ class Mover:
     def demote(self, ids: Ids) -> bool:
         """Copy sealed device blocks down to the host tier and free their slots; False when there is no host room.
 
-        Blocks not yet on disk never fill the host tier: one run stays free for reading, so that attention over what is
-        stored goes on even when nothing can be written.
+        Blocks not yet on disk never fill the host tier: one batch stays free for reading, so that attention over what
+        is stored goes on even when nothing can be written.
         """
-        reserve = self.host_floor // 2 // self.host.slot_bytes
+        reserve = max(self.host_floor // 2, self.batch_bytes) // self.host.slot_bytes
         if self.ledger.unsafe_count() + ids.size > self.host.capacity - reserve:
             return False
         slots = self.try_host(ids.size)
@@ -204,6 +204,11 @@ class Mover:
         """The smallest host budget that works, bytes: one run of blocks being attended, one on its way."""
         heads = max((shape.geometry.kv_heads for shape in self.shapes.values()), default=1)
         return 2 * heads * self.host.slot_bytes
+
+    @property
+    def batch_bytes(self) -> int:
+        """What attention waits for at a time: a few of these must fit into the host tier."""
+        return min(self.settings.batch_bytes, self.host.capacity * self.host.slot_bytes // 4)
 
     @property
     def waiting(self) -> int:

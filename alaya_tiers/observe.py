@@ -9,7 +9,7 @@ from alaya_tiers.stats import Queues, Stats, TierUse
 
 def observe(engine: Engine, tokens: int, kv_bytes: int) -> Stats:
     """All that is counted. tokens, kv_bytes: of whose numbers these are. Any thread may ask at any moment."""
-    books, traffic, steps = engine.accountant, engine.traffic, engine.steps
+    books, traffic, steps, wear = engine.accountant, engine.traffic, engine.steps, engine.wear
     return Stats(
         tokens=tokens,
         kv_bytes=kv_bytes,
@@ -27,6 +27,8 @@ def observe(engine: Engine, tokens: int, kv_bytes: int) -> Stats:
         stalls=engine.stalls,
         stalled_seconds=engine.stalled_seconds,
         queues=_queues(engine),
+        disk_written_bytes=wear.disk_bytes,
+        write_amplification=wear.disk_bytes / wear.block_bytes if wear.block_bytes else 1.0,
         steps=Steps(steps.decoding.copy(), steps.prefill_tokens, steps.prefill_seconds),
     )
 

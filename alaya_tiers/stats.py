@@ -107,7 +107,8 @@ class Stats:
     storage; of this, stalled_seconds: how long new tokens waited for the disk to take older ones, stalls times
     (backpressure). queues: what is under way now. steps: how long tokens took. gathered: how often a full K and V were
     materialised because some code looked inside them, and the largest. sparse: what sparse mode used, None in exact
-    mode.
+    mode. disk_written_bytes: all that was written, metadata and padding too; write_amplification: for each byte of
+    blocks. reuse: why a session of a database reuses what it found there, or not.
     """
 
     tokens: int
@@ -127,6 +128,9 @@ class Stats:
     stalled_seconds: float = 0.0
     queues: Queues = field(default_factory=Queues)
     steps: Steps = field(default_factory=Steps)
+    disk_written_bytes: int = 0
+    write_amplification: float = 1.0
+    reuse: str | None = None
 
     @property
     def hit_rate(self) -> float:

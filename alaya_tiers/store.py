@@ -63,6 +63,8 @@ class Store(Shelf):
         self.lent: dict[int, Manifest] = {}
         """Older generations that somebody read when we last looked: what they name was not removed."""
         self._saved_groups = False
+        self.closing: Callable[[], None] = lambda: None
+        """Writes down what must outlive this process, while the directory is still locked."""
         self.torn = False
         """Whether a commit failed so late that only the next opening can tell whether it did."""
         self._pid = os.getpid()
@@ -193,6 +195,7 @@ class Store(Shelf):
             shutil.rmtree(self.path, ignore_errors=True)
         elif not self.torn:
             self.tidy()
+        self.closing()
         if self.temporary:
             os.close(self._lock)  # a real one, whatever disk this is
         else:

@@ -17,6 +17,7 @@ from alaya_tiers.policies.base import (
     WriteView,
 )
 from alaya_tiers.policies.lru import Lru
+from alaya_tiers.policies.reuse import Always, Cheaper, Never, Reuse, ReusePolicy, ReuseView
 from alaya_tiers.policies.scan import Scan
 from alaya_tiers.policies.watermark import Watermark
 from alaya_tiers.policies.window import Window
@@ -24,13 +25,20 @@ from alaya_tiers.policies.window import Window
 __all__ = [
     "EVICTION",
     "PREFETCH",
+    "REUSE",
+    "Always",
+    "Cheaper",
     "EvictionPolicy",
     "EvictionView",
     "Lru",
+    "Never",
     "NextInOrder",
     "NoPrefetch",
     "PrefetchPolicy",
     "PrefetchView",
+    "Reuse",
+    "ReusePolicy",
+    "ReuseView",
     "Scan",
     "Watermark",
     "Window",
@@ -41,6 +49,7 @@ __all__ = [
 
 EVICTION: dict[str, type[EvictionPolicy]] = {"lru": Lru, "scan": Scan}
 PREFETCH: dict[str, type[PrefetchPolicy]] = {"none": NoPrefetch, "next": NextInOrder}
+REUSE: dict[str, type[ReusePolicy]] = {"auto": Cheaper, "always": Always, "never": Never}
 
 P = TypeVar("P")
 

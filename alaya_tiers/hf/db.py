@@ -23,11 +23,14 @@ from alaya_tiers.hf.stored import StoredCache, check_layers, see
 from alaya_tiers.identity import Identity, Tokens, model_digest
 from alaya_tiers.manifest import Context
 from alaya_tiers.observe import observe
+from alaya_tiers.policies import REUSE, by_name
 from alaya_tiers.recorder import Recorder, recording
 from alaya_tiers.seams import SystemDisk
 from alaya_tiers.snapshot import Snapshot
 from alaya_tiers.stats import Stats
 from alaya_tiers.verify import Damage
+from alaya_tiers.wear import Usage
+from alaya_tiers.weigh import weigh
 
 KV = DynamicCache | Sequence[tuple[Tensor, Tensor]] | Iterable[Chunk]
 """Keys and values: of a DynamicCache, layer by layer [1, kv_heads, tokens, dim], or an iterator of such in chunks."""
@@ -89,6 +92,7 @@ class DB:
         model: PreTrainedModel | None = None,
         config: PretrainedConfig | None = None,
         on_corrupt: OnCorrupt | None = None,
+        reuse: str = "auto",
     ) -> tuple["StoredCache", Tensor]:
         """A cache that holds the longest stored prefix of a prompt, and the tokens that are still to be processed.
 
@@ -100,7 +104,11 @@ class DB:
         settings say. Damage that nobody knows of yet is StoreCorrupt when attention asks for the block; a session made
         after that knows of it.
 
-        Raises InputError, UnsupportedModel, StoreError.
+        reuse: "auto" computes the prefix again where reading it takes longer than a prefill of it did when one was
+        measured here (``ssd_rate`` says how fast the disk is); "always" or "never" decide beforehand. ``reuse`` of the
+        session tells what was decided and why.
+
+        Raises ConfigError, InputError, UnsupportedModel, StoreError.
         """
         self._engine.check_open()
         ids = _ids(input_ids)
@@ -111,7 +119,7 @@ class DB:
             self._require(config)
         dtype = None if model is None else str(model.dtype).removeprefix("torch.")
         device = torch.device("cpu") if model is None else model.device
-        policy = self._engine.settings.on_corrupt if on_corrupt is None else on_corrupt
+        weigher, policy = by_name(REUSE, reuse), self._engine.settings.on_corrupt if on_corrupt is None else on_corrupt
         while True:
             rows, length, found = self._longest(ids.numpy(), weights, dtype, policy)
             try:
@@ -120,10 +128,15 @@ class DB:
             except StoreCorrupt as error:
                 if error.segment is None:
                     raise  # else it is known now, and dealt with
+        decision = weigh(session, weigher, length * len(ids), self._prefill(weights, found))
+        if length and not decision.reused:
+            session.clear()
+            session, length = self._contexts.open(rows, 0, positions_of(config), device), 0
         if self._engine.recorder is not None:
             for row in ids.numpy():
                 self._engine.recorder.request(row, length)
         cache = StoredCache(session, config, ids[:, :length], device, self._contexts, self._meet)
+        cache.reuse = decision
         cache._weights = found.weights if found is not None and length else weights
         if model is not None:
             self._meet(model)
@@ -145,6 +158,8 @@ class DB:
         if not isinstance(session, StoredCache) or session.contexts is not self._contexts:
             raise InputError("only a session of this database can be stored: make it by create_session()")
         ids = session.known_ids(None if input_ids is None else _ids(input_ids))
+        if (prefill := self._engine.steps.prefill_rate) is not None and session._weights is not None:
+            self._engine.wear.prefill[session._weights] = prefill
         return self._contexts.store(session.session, ids.numpy(), self._identity(session), self._tenant, say)
 
     @contextmanager
@@ -236,6 +251,10 @@ class DB:
         stored = self._contexts.manifest
         return observe(self._engine, sum(s.tokens for s in stored.segments.values()), sum(stored.files.values()))
 
+    def usage(self) -> Usage:
+        """What the disk had to take: bytes written by day, and by stored context."""
+        return self._engine.wear.usage(self._contexts.manifest)
+
     # ------------------------------------------------------------------ life
     def close(self) -> None:
         """End all sessions, remove what was not stored, unlock the directory. Twice is fine."""
@@ -250,6 +269,13 @@ class DB:
         self.close()
 
     # ------------------------------------------------------------------ inside
+    def _prefill(self, weights: str | None, found: Identity | None) -> float | None:
+        """Seconds a token of a prompt takes this model: in this process, or when a context was stored."""
+        measured = self._engine.steps.prefill_rate
+        if measured is None and (weights is not None or found is not None):
+            return self._engine.wear.prefill.get(weights or (found.weights if found else ""))
+        return measured
+
     def _longest(
         self, ids: Tokens, weights: str | None, dtype: str | None, on_corrupt: OnCorrupt
     ) -> tuple[list[list[str]], int, Identity | None]:

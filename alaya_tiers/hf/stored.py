@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from alaya_tiers.errors import InputError, SessionClosed, UnsupportedModel
 from alaya_tiers.hf.cache import AlayaCache, positions_of
 from alaya_tiers.hf.continuing import weights_digest
 from alaya_tiers.hf.layer import AlayaLayer
+from alaya_tiers.policies import Reuse
+from alaya_tiers.stats import Stats
 
 TIERED = (DynamicLayer, DynamicSlidingWindowLayer)
 """Layers whose KV can be stored. A sliding layer keeps all of it here: any prefix of it may be wanted again."""
@@ -54,6 +57,8 @@ class StoredCache(AlayaCache):
                 layer.dtype = session.layers[layer.number].shape.geometry.dtype
                 layer.device, layer.is_initialized = device, True
         self._ids = ids
+        self.reuse = Reuse(bool(ids.shape[1]), 0.0, None, "")
+        """Whether what is stored was reused, what that costs, and why."""
         self._reused = ids.shape[1]
         self._beside: str | None = None
         """What went into the keys and values beside token ids, if anything did."""
@@ -102,6 +107,10 @@ class StoredCache(AlayaCache):
             self._ids = None if known is None else known[:, :length]
             return
         self._ids = torch.cat([known[:, :length].to(ids.device).expand(rows, -1), ids.expand(rows, -1)], 1)
+
+    def stats(self) -> Stats:
+        """What all sessions of the database did so far, and why this one reuses what is stored, or not."""
+        return replace(super().stats(), reuse=self.reuse.why)
 
     def close(self) -> None:
         """Let go of all tokens. Other sessions and what is stored are not touched."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -167,6 +168,18 @@ class Handles:
             self._disk.close(self._open.pop(path)[0])
 
 
+class Writes(Protocol):
+    """Who counts what is written, and may refuse it."""
+
+    def admit(self, nbytes: int) -> None:
+        """A block of ``nbytes`` is about to be written. Raises StoreError; nothing was admitted then."""
+        ...
+
+    def settle(self, nbytes: int, payload: int) -> None:
+        """An admitted block of ``nbytes`` is on disk, with ``payload`` bytes of keys and values; 0: it was given up."""
+        ...
+
+
 class SsdTier:
     """Extents of one session's files under ``directory``.
 
@@ -178,6 +191,7 @@ class SsdTier:
     ) -> None:
         self.directory, self.direct = directory, direct
         self.files: list[SegmentFile] = []
+        self.writes: Writes | None = None
         self._disk, self._accountant = disk, accountant
         self._segment_tokens, self._threads = segment_tokens, threads
         self._by_name: dict[tuple[int, int, int], int] = {}
@@ -207,6 +221,12 @@ class SsdTier:
         index = within // shape.tokens
         assert file.offsets[head, index] < 0, f"{file.path}: block {head},{index} placed twice"
         self._accountant.charge("ssd", file.stride)
+        if self.writes is not None:
+            try:
+                self.writes.admit(file.stride)
+            except BaseException:
+                self._accountant.release("ssd", file.stride)
+                raise
         offset = (head * blocks + index) * file.stride
         file.offsets[head, index] = offset
         file.live += 1
@@ -243,6 +263,8 @@ class SsdTier:
         """Take back a place that was not written; the file, to be removed, if nothing lives in it."""
         file = self.files[number]
         file.offsets.ravel()[offset // file.stride] = -1
+        if self.writes is not None:
+            self.writes.settle(file.stride, 0)
         path = self._drop(number)
         return [] if path is None else [path]
 
@@ -252,6 +274,8 @@ class SsdTier:
         for number in numbers.tolist():
             file = self.files[number]
             file.written += 1
+            if self.writes is not None:
+                self.writes.settle(file.stride, file.shape.nbytes)
             if file.full:
                 full.add(number)
         return full
