@@ -6,7 +6,7 @@ model.generate(**inputs, past_key_values=cache)
 
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, StoreError
-from alaya_tiers.hf import DB, AlayaCache, GatheredWarning, attach, generate
+from alaya_tiers.hf import DB, AlayaCache, AsyncDB, GatheredWarning, attach, generate
 from alaya_tiers.sparse import IndexFullWarning
 from alaya_tiers.stats import Stats
 
@@ -14,6 +14,7 @@ __all__ = [
     "DB",
     "AlayaCache",
     "AlayaError",
+    "AsyncDB",
     "BudgetTooSmall",
     "GatheredWarning",
     "IndexFullWarning",

@@ -25,6 +25,7 @@ from alaya_tiers.hf.db import DB  # noqa: E402
 from alaya_tiers.hf.handles import GatheredWarning, KVHandle  # noqa: E402
 from alaya_tiers.hf.layer import AlayaLayer  # noqa: E402
 from alaya_tiers.hf.masks import alaya_mask  # noqa: E402
+from alaya_tiers.hf.serving import AsyncDB  # noqa: E402
 
 AttentionInterface.register("alaya", alaya_attention_forward)
 AttentionMaskInterface.register("alaya", alaya_mask)
@@ -33,6 +34,7 @@ __all__ = [
     "DB",
     "AlayaCache",
     "AlayaLayer",
+    "AsyncDB",
     "GatheredWarning",
     "KVHandle",
     "alaya_attention_forward",

@@ -84,6 +84,11 @@ class DB:
         self._hooks: Hooks = weakref.WeakKeyDictionary()
         weakref.finalize(self, _unhook, self._hooks).atexit = False
 
+    @property
+    def model(self) -> PreTrainedModel | None:
+        """That of sessions which are not given one."""
+        return self._model
+
     # ------------------------------------------------------------------ sessions
     def create_session(
         self,
