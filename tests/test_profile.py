@@ -19,7 +19,7 @@ SSD = (Transfer(16 << 10, 1, 3e8, 2e8, 5e-5), Transfer(1 << 20, 4, 2e9, 1e9, 1e-
 KNOWN = Profile(
     identity=profile.identity(), versions={"python": "3"}, date="today", memory_read=3e10, memory_copy=1.5e10,
     attend={"float32/64": 2.5e10, "float32/128": 3e10, "bfloat16/128": 2e10}, scan=1e10, pick=5e-8, encode=1e8,
-    weights=1.5e10, flops=1e11, step=1e-3, layer=5e-4, look=4e-4, load=3e-4, ssd=SSD,
+    weights=1.5e10, flops=1e11, step=1e-3, layer=5e-4, look=4e-4, load=3e-4, digest=8e9, ssd=SSD,
 )  # fmt: skip
 
 

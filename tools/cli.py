@@ -38,6 +38,7 @@ from alaya_tiers.tools import (
     stored,
     train,
     ttft,
+    validate,
 )
 from alaya_tiers.tools import demo as demos
 
@@ -76,6 +77,7 @@ app.command("train")(train.command)
 app.add_typer(bench.app, name="bench", epilog="Example: [bold]alaya-tiers bench decode --quick[/bold]")
 app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.command("record", epilog=record.EPILOG)(record.command)
+app.command("validate", epilog=validate.EPILOG)(validate.command)
 app.command("profile", epilog=probe.EPILOG)(probe.command)
 app.command("simulate", epilog=simulate.EPILOG)(simulate.command)
 app.command("ls", epilog="Example: [bold]alaya-tiers ls contexts/[/bold]")(stored.ls)

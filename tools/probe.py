@@ -23,6 +23,7 @@ from torch import Tensor
 from alaya_tiers.attention import BlockList, attend_blocks, attend_lists
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.config import Settings, format_bytes
+from alaya_tiers.digest import pages_at
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
@@ -51,6 +52,8 @@ def measure(directory: Path, *, quick: bool = False, say: Say = lambda text: Non
     say("attention")
     attend = {f"{name}/{dim}": _attend(buffer, DTYPES[name], dim, tries) for name in DTYPES for dim in (64, 128)}
     pick = _pick(buffer, attend["float32/64"], tries)
+    spots = buffer.ctypes.data + np.arange(128, dtype=np.int64) * (128 << 10)
+    digest = 128 * (128 << 10) / best(lambda: pages_at(spots, 128 << 10), tries)
     say("codes")
     rate, made = _scan(64 if quick else 512, tries)
     say("weights")
@@ -75,7 +78,7 @@ def measure(directory: Path, *, quick: bool = False, say: Say = lambda text: Non
     return Profile(
         identity=identity(), versions=versions | {"threads": facts["threads"]}, date=today(), memory_read=memory.best,
         memory_copy=copied, attend=attend, scan=rate, pick=pick, encode=made, weights=weights, flops=flops, step=step,
-        layer=layer, look=look, load=load, ssd=ssd,
+        layer=layer, look=look, load=load, digest=digest, ssd=ssd,
     )  # fmt: skip
 
 
@@ -147,7 +150,7 @@ def _model(weights: float, quick: bool, tries: int) -> tuple[float, float, float
     times, flops = {}, 0.0
     for layers in (few, many):
         shape = Shape(layers=layers, hidden=512, heads=8)
-        model: Any = build_model(shape, 4 * chunk)
+        model: Any = build_model(shape, 8 * chunk)
         model.set_attn_implementation("alaya")
         numbers = sum(p.numel() for name, p in model.named_parameters() if "embed" not in name)
         with AlayaCache.for_model(model, device_budget="256MiB", host_budget="64MiB") as cache, torch.no_grad():
@@ -156,11 +159,11 @@ def _model(weights: float, quick: bool, tries: int) -> tuple[float, float, float
             def run(tokens: Tensor, model: Any = model, cache: Any = cache) -> None:
                 model(input_ids=tokens, past_key_values=cache, use_cache=True)
 
-            prefill = best(lambda run=run, ids=ids: run(ids), 2)  # type: ignore[misc]
-            decode = best(lambda run=run, ids=ids: run(ids[:, :1]), 4 * tries)  # type: ignore[misc]
+            prefill = best(lambda run=run, ids=ids: run(ids), 3)  # type: ignore[misc]
+            decode = best(lambda run=run, ids=ids: run(ids[:, :1]), 12 * tries)  # type: ignore[misc]
         flops = max(flops, 2 * numbers * chunk / prefill)
         times[layers] = decode - 4 * numbers / weights
-    layer = max(1e-6, (times[many] - times[few]) / (many - few))
+    layer = min(max(1e-6, (times[many] - times[few]) / (many - few)), times[many] / many)
     return max(0.0, times[few] - few * layer), layer, flops
 
 
@@ -288,7 +291,7 @@ def table(found: Profile) -> Table:
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     per_second = {"memory read": found.memory_read, "memory copied": found.memory_copy}
     per_second |= {f"attended, {name.replace('/', ', heads of ')}": rate for name, rate in found.attend.items()}
-    per_second |= {"weights read by a decode step": found.weights}
+    per_second |= {"digests, one thread": found.digest, "weights read by a decode step": found.weights}
     for name, rate in per_second.items():
         shown.add_row(name, f"{format_bytes(rate)}/s")
     shown.add_row("codes scanned", f"{found.scan / 1e9:.1f} G numbers/s")

@@ -38,6 +38,7 @@ class Profile:
     a model's weights that a decode step reads. flops: of prefill, really reached. step, layer: seconds of a decode step
     that depend on no size: once, and in each layer. look: what sparse attention adds in each layer. load: what waiting
     for one batch from the SSD adds to the disk's time.
+    digest: bytes of blocks that one thread checks or names.
     """
 
     identity: dict[str, Any]
@@ -55,6 +56,7 @@ class Profile:
     layer: float
     look: float
     load: float
+    digest: float
     ssd: tuple[Transfer, ...]
 
     def __post_init__(self) -> None:
@@ -186,7 +188,7 @@ def today() -> str:
 TYPICAL = Profile(
     identity={"cpu": "typical", "cores": 0, "ram_gib": 0}, versions={}, date="", memory_read=30e9, memory_copy=12e9,
     attend={"float32/64": 27e9, "float32/128": 27e9, "bfloat16/64": 20e9, "bfloat16/128": 24e9}, scan=10e9, pick=50e-9,
-    encode=170e6, weights=14e9, flops=100e9, step=1e-3, layer=0.8e-3, look=0.6e-3, load=0.4e-3,
+    encode=170e6, weights=14e9, flops=100e9, step=1e-3, layer=0.8e-3, look=0.6e-3, load=0.4e-3, digest=8e9,
     ssd=(
         Transfer(16 << 10, 4, 0.5e9, 0.5e9, 100e-6), Transfer(64 << 10, 4, 1e9, 1e9, 200e-6),
         Transfer(256 << 10, 4, 1.5e9, 1.2e9, 400e-6), Transfer(1 << 20, 4, 1.5e9, 1.5e9, 2e-3),

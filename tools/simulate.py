@@ -18,9 +18,10 @@ from rich.table import Table
 from alaya_tiers.config import format_bytes, parse_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.policies import EVICTION, EvictionPolicy, Window, by_name
-from alaya_tiers.tools import profile
+from alaya_tiers.tools import profile, rerun
 from alaya_tiers.tools.hardware import Machine
 from alaya_tiers.tools.limits import Future
+from alaya_tiers.tools.recorded import is_recording
 from alaya_tiers.tools.shapes import NAMED, Shape, shape_of
 from alaya_tiers.tools.simulator import TIERS, Counts, Simulator
 from alaya_tiers.tools.traces import FORMATS, Request, Trace, open_trace
@@ -162,18 +163,26 @@ Examples:
 
 [bold]alaya-tiers simulate chat.jsonl.xz --model llama-3.1-8b --policy lru,belady[/bold]
 
+[bold]alaya-tiers simulate recorded.jsonl --profile here.toml --policy lru,scan --sweep "host-budget=8MiB,64MiB"[/bold]
+
 [bold]alaya-tiers simulate agents.tar.xz --sweep host-memory=16GiB,64GiB,256GiB --servers 4[/bold]
 """
 HELP = "[dim]default: {}[/dim]"
+USUAL = "lru,scan,belady"
 
 
 def command(
-    traces: Annotated[list[Path], typer.Argument(help="Request traces of one format: .jsonl, .json, .tar; also .xz.")],
+    traces: Annotated[
+        list[Path],
+        typer.Argument(help="Request traces of one format: .jsonl, .json, .tar; also .xz. Or a recorded one."),
+    ],
     form: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "auto",
     model: Annotated[
         str, typer.Option(help=f"A config.json, its folder, or one of {', '.join(NAMED)}.")
     ] = "llama-3.1-8b",
-    policy: Annotated[str, typer.Option(help=f"Of {', '.join([*POLICIES, BELADY])}, with commas.")] = "lru,scan,belady",
+    policy: Annotated[
+        str | None, typer.Option(help=f"Of {', '.join([*POLICIES, BELADY])}, with commas. {HELP.format(USUAL)}")
+    ] = None,
     sweep: Annotated[str | None, typer.Option(help="One setting of the machine, e.g. host-memory=16GiB,64GiB.")] = None,
     machine: Annotated[Path | None, typer.Option(help="A TOML file with the settings below.")] = None,
     profile_file: Annotated[
@@ -197,17 +206,28 @@ def command(
     quick: Annotated[bool, typer.Option("--quick", help=f"Only {QUICK} requests.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
 ) -> None:
-    """Simulates the tiers on request traces: hits, time to first token, bytes moved.
+    """Simulates the tiers: on request traces, or on one that a cache recorded, with other settings.
 
-    Not yet validated against the engine.
+    Of request traces: hits, time to first token, bytes moved. Of a recorded one: TPOT, hits, SSD bytes by phase;
+    --sweep takes settings of a cache then, e.g. "host-budget=64MiB,1GiB block-tokens=128,256".
     """
     given = {
         "device_memory": device_memory, "host_memory": host_memory, "ssd": ssd, "ssd_read": ssd_read,
         "ssd_write": ssd_write, "pcie": pcie, "flops": flops, "servers": servers,
     }  # fmt: skip
-    measured = {} if profile_file is None else profile.load(profile_file, any_machine=any_machine).machine()
-    settings = measured | described(machine) | {name: value for name, value in given.items() if value is not None}
-    names = list(dict.fromkeys(name.strip() for name in policy.split(",")))
+    known = None if profile_file is None else profile.load(profile_file, any_machine=any_machine)
+    if len(traces) == 1 and is_recording(traces[0]):
+        budgets = {"device_budget": device_memory, "host_budget": host_memory, "ssd_budget": ssd}
+        fixed = {name: [rerun.setting(name, value)] for name, value in budgets.items() if value is not None}
+        chosen = {} if policy is None else {"eviction": [rerun.setting("eviction", p) for p in policy.split(",")]}
+        rerun.report(traces[0], known or profile.TYPICAL, chosen | fixed | rerun.sweeps(sweep), as_json=as_json)
+        return
+    settings = (
+        ({} if known is None else known.machine())
+        | described(machine)
+        | {name: value for name, value in given.items() if value is not None}
+    )
+    names = list(dict.fromkeys(name.strip() for name in (policy or USUAL).split(",")))
     if unknown := [name for name in names if name not in (*POLICIES, BELADY)]:
         raise ConfigError(f"unknown policy {unknown[0]!r}; known are {', '.join([*sorted(POLICIES), BELADY])}")
     machines, shape = swept(machine_of(settings), sweep), shape_of(model)
