@@ -92,6 +92,16 @@ class Segment:
             raise ValueError("the record names other files than the manifest")
         return made
 
+    @classmethod
+    def unlisted(cls, data: Any, name: str) -> "tuple[Entry, Segment]":
+        """A record that no manifest speaks of, and what one would say, without a digest; ValueError if it is not that
+        of its name."""
+        layers = _of(data, "layers", dict)
+        files = {f for layer in layers.values() for f in _of(layer, "files", list) if isinstance(f, str)}
+        tokens = len(_of(data, "tokens", str)) * 3 // 4 // 8
+        entry = Entry(_text(data, "before", _NAME), _count(data, "start"), tokens, "", tuple(sorted(files)))
+        return entry, cls.from_json(data, name, entry)
+
 
 @dataclass(frozen=True, slots=True)
 class Entry:

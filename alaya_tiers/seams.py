@@ -271,7 +271,7 @@ class SystemDisk:
             status = os.fstat(handle)
             if not stat.S_ISREG(status.st_mode) or status.st_size > most:
                 raise OSError(errno.EFBIG, "not a regular file, or too large", path)
-            return file.read(most)
+            return file.read(status.st_size)  # read(most) would take that much memory first
 
     def sync(self, path: str) -> None:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

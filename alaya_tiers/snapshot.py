@@ -98,7 +98,7 @@ class Shelf:
         """Handles of what is locked."""
         return []
 
-    def _check(self) -> None:
+    def check(self) -> None:
         """Raises StoreFormat, StoreMismatch, StoreCorrupt: what this is."""
         root, names = os.path.join(self.path, "zarr.json"), self._disk.names(self.path)
         if "zarr.json" not in names:
@@ -144,7 +144,7 @@ class Snapshot(Shelf):
     def refresh(self) -> bool:
         """Move to the newest generation; whether there was one. What was held stays held until ``let_go``."""
         try:
-            self._check()
+            self.check()
             if newest(self._disk, self.path) in (None, self.manifest.generation):
                 return False
             self._leases.append(self._newest())

@@ -72,7 +72,7 @@ class Store(Shelf):
             self._lock = self._claim()
         open_here.add(self)
         try:
-            self._check()
+            self.check()
             self.manifest = load_manifest(disk, self.path)
             if not self.temporary:
                 self.tidy()

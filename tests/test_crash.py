@@ -28,7 +28,7 @@ from alaya_tiers.config import Settings
 from alaya_tiers.contexts import Contexts
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import IOFailed, StoreError
-from alaya_tiers.identity import Identity
+from alaya_tiers.identity import Identity, model_digest
 from alaya_tiers.seams import SystemDisk
 from alaya_tiers.snapshot import Snapshot
 from tests.crash import CrashDisk
@@ -43,7 +43,10 @@ SETTINGS = Settings(
     io="buffered",
     io_threads=2,
 )
-WHO = Identity(model="m", weights="w", dtype="float32", block_tokens=BLOCK, segment_tokens=4 * BLOCK, lossy=False)
+MODEL = {"some": "model"}
+WHO = Identity(
+    model=model_digest(MODEL), weights="w", dtype="float32", block_tokens=BLOCK, segment_tokens=4 * BLOCK, lossy=False
+)
 IMAGES = int(os.environ.get("ALAYA_TIERS_CRASH_IMAGES", "3"))
 KILLS = int(os.environ.get("ALAYA_TIERS_KILLS", "200"))
 
@@ -63,7 +66,7 @@ class Base:
 
     def __init__(self, disk: Any, path: str = ROOT, *, read_only: bool = False, settings: Settings = SETTINGS) -> None:
         snapshot = Snapshot(path, {"some": "model"}, disk) if read_only else None
-        self.engine = Engine(settings, None if read_only else path, {"some": "model"}, disk=disk)
+        self.engine = Engine(settings, None if read_only else path, MODEL, disk=disk)
         try:
             self.contexts = Contexts(self.engine, snapshot)
         except BaseException:

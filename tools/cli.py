@@ -27,6 +27,7 @@ from alaya_tiers.tools import (
     bench,
     choice,
     disk,
+    fsck,
     heads,
     indexes,
     overhead,
@@ -81,7 +82,8 @@ app.command("validate", epilog=validate.EPILOG)(validate.command)
 app.command("profile", epilog=probe.EPILOG)(probe.command)
 app.command("simulate", epilog=simulate.EPILOG)(simulate.command)
 app.command("ls", epilog="Example: [bold]alaya-tiers ls contexts/[/bold]")(stored.ls)
-app.command("verify", epilog="Example: [bold]alaya-tiers verify contexts/ --json[/bold]")(stored.verify)
+app.command("verify", epilog="Example: [bold]alaya-tiers verify contexts/ --salvage saved/[/bold]")(fsck.verify)
+app.command("gc", epilog="Example: [bold]alaya-tiers gc contexts/ --dry-run[/bold]")(fsck.gc)
 
 
 def show_version(wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""`alaya-tiers ls` and `verify`: what a store holds, and whether it is whole."""
+"""`alaya-tiers ls`: what a store holds."""
 
 import json
 from collections.abc import Iterator
@@ -10,16 +10,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from alaya_tiers.config import Settings, format_bytes
 from alaya_tiers.contexts import Contexts
 from alaya_tiers.engine import Engine
 from alaya_tiers.manifest import Manifest
-
-DAMAGED = 1
-"""Exit code, beside 0."""
 
 Directory = Annotated[Path, typer.Argument(help="A store: the path given to DB().", exists=True, file_okay=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")]
@@ -77,30 +73,9 @@ def ls(path: Directory, as_json: AsJson = False) -> None:
     if report:
         console.print(table)
     kind = f" of a {model['model_type']} model" if "model_type" in model else ""
-    console.print(f"{_count(len(report))}{kind}, {format_bytes(total)} on disk.")
+    console.print(f"{counted(len(report))}{kind}, {format_bytes(total)} on disk.")
 
 
-def verify(path: Directory, as_json: AsJson = False) -> None:
-    """Reads everything a store holds and compares it with its digests.
-
-    Exits with 1 if something is damaged, with 2 if the store cannot be opened.
-    """
-    console = Console(stderr=True)
-    with opened(path) as contexts, Progress(console=console, transient=True, disable=not console.is_terminal) as bars:
-        task = bars.add_task("reading", total=None)
-        damage = contexts.verify(lambda done, of: bars.update(task, completed=done, total=of))
-        count, total = len(contexts.manifest.contexts), sum(contexts.manifest.files.values())
-    hurt = sorted({context for one in damage for context in one.contexts})
-    if as_json:
-        print(json.dumps({"contexts": count, "bytes": total, "damaged": hurt, "damage": [d._asdict() for d in damage]}))
-    else:
-        for one in damage:
-            Console(soft_wrap=True).print(f"[bold red]damaged[/] {one.path}: {one.problem}")
-        what = f"[bold red]{len(hurt)} of {_count(count)} damaged[/]" if damage else f"{_count(count)}, all whole"
-        Console().print(f"{what}; {format_bytes(total)} read.")
-    if damage:
-        raise typer.Exit(DAMAGED)
-
-
-def _count(n: int) -> str:
+def counted(n: int) -> str:
+    """So many contexts, in words."""
     return "1 context" if n == 1 else f"{n:,} contexts"
