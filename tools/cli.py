@@ -26,6 +26,7 @@ from alaya_tiers.stats import Stats
 from alaya_tiers.tools import (
     bench,
     choice,
+    compression,
     disk,
     fsck,
     heads,
@@ -70,6 +71,7 @@ app = typer.Typer(name="alaya-tiers", cls=Commands, no_args_is_help=True, add_co
 bench.app.command("overhead")(overhead.command)
 bench.app.command("attention")(heads.command)
 bench.app.command("choice")(choice.command)
+bench.app.command("compression")(compression.command)
 bench.app.command("io")(disk.command)
 bench.app.command("index")(indexes.command)
 bench.app.command("quality")(quality.command)
