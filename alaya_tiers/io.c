@@ -3,6 +3,7 @@
  * alaya_read uses Linux AIO through the system calls themselves: one thread keeps up to DEPTH reads of O_DIRECT files
  * under way at 3 to 5 us of CPU each, where a thread for each costs 20. */
 #include <errno.h>
+#include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -14,6 +15,7 @@
 #endif
 
 #define DEPTH 64
+#define KEPT 32
 
 typedef uint64_t (*hash_fn)(const void *, size_t);
 
@@ -35,6 +37,33 @@ static void read_each(int64_t n, const int32_t *files, const int64_t *offsets, c
     }
 }
 
+#ifdef __linux__
+/* Contexts nobody uses now. Destroying one takes 30 ms: the kernel waits until no processor can know of it any more.
+ * They belong to a process: a forked child has none of them. */
+static _Atomic(aio_context_t) kept[KEPT];
+static _Atomic pid_t owner;
+
+static aio_context_t take(void)
+{
+    if (atomic_exchange(&owner, getpid()) != getpid())
+        for (int i = 0; i < KEPT; i++)
+            atomic_store(&kept[i], 0);
+    aio_context_t context = 0;
+    for (int i = 0; i < KEPT && !context; i++)
+        context = atomic_exchange(&kept[i], 0);
+    return context || !syscall(SYS_io_setup, DEPTH, &context) ? context : 0;
+}
+
+static void give(aio_context_t context)
+{
+    aio_context_t empty = 0;
+    for (int i = 0; i < KEPT; i++, empty = 0)
+        if (atomic_compare_exchange_strong(&kept[i], &empty, context))
+            return;
+    syscall(SYS_io_destroy, context);
+}
+#endif
+
 /* n reads: of files[i] from offsets[i] into pieces addresses[first[i]] .. addresses[first[i + 1] - 1] of `page` bytes.
  * done[i]: bytes read, or -errno. Returns 0, or -1 without memory. Blocks until every read has ended. */
 int alaya_read(int64_t n, const int32_t *files, const int64_t *offsets, const int64_t *first, const int64_t *addresses,
@@ -46,8 +75,8 @@ int alaya_read(int64_t n, const int32_t *files, const int64_t *offsets, const in
     for (int64_t i = 0; i < first[n]; i++)
         pieces[i] = (struct iovec){(void *)addresses[i], (size_t)page};
 #ifdef __linux__
-    aio_context_t context = 0;
-    if (n > 1 && !syscall(SYS_io_setup, DEPTH, &context)) {
+    aio_context_t context = n > 1 ? take() : 0;
+    if (context) {
         struct iocb requests[DEPTH], *list[DEPTH];
         struct io_event events[DEPTH];
         int64_t next = 0, under_way = 0;
@@ -88,7 +117,7 @@ int alaya_read(int64_t n, const int32_t *files, const int64_t *offsets, const in
             }
             under_way -= ended > 0 ? ended : 0;
         }
-        syscall(SYS_io_destroy, context);
+        give(context);
         free(pieces);
         return 0;
     }

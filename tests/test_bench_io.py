@@ -93,7 +93,8 @@ def test_the_command_reports_all_of_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [("--sizes", "5"), ("--sizes", "a"), ("--depths", "0"), ("--sizes", "2048", "--mib", "1")]
+    "words",
+    [("--sizes", "5"), ("--sizes", "a"), ("--depths", "0"), ("--sizes", "2048", "--mib", "1"), ("--sizes", "4096")],
 )
 def test_options_that_make_no_sense_are_refused(words: tuple[str, ...]) -> None:
     done = CliRunner().invoke(cli.app, ["bench", "io", *words])

@@ -30,7 +30,7 @@ from alaya_tiers.tools import machine
 from alaya_tiers.tools.baselines import VOCABULARY, Shape, build_model
 from alaya_tiers.tools.bench import BUSY, one_line_errors
 from alaya_tiers.tools.machine import CpuUse
-from alaya_tiers.tools.transfers import AT_RANDOM, Say, Transfer, transfers
+from alaya_tiers.tools.transfers import AT_RANDOM, HUGE, Say, Transfer, transfers
 
 KIB, MIB = 1 << 10, 1 << 20
 READ_FLOOR, WRITE_FLOOR = 0.7, 0.2
@@ -212,6 +212,8 @@ def command(
         numbers = [_numbers("--sizes", sizes), _numbers("--depths", depths)]
         if any(size % 4 for size in numbers[0]):
             raise ConfigError("--sizes are multiples of 4 KiB, a page")
+        if max(numbers[0]) > HUGE // KIB:
+            raise ConfigError(f"--sizes are at most {HUGE // KIB} KiB")
         if min(mib, rounds) < 1 or tokens < 0 or max(numbers[0]) > mib * KIB:
             raise ConfigError("--mib, --rounds and --tokens must be positive, and a block must fit into --mib")
         shape = Shape(layers, hidden, heads, kv_heads, head_dim, "fp32")

@@ -1,7 +1,6 @@
 """Blocks read and written through our own SSD tier, beside the same requests made by nothing but preadv and pwritev."""
 
 import asyncio
-import mmap
 import os
 import statistics
 import tempfile
@@ -24,12 +23,15 @@ from alaya_tiers.seams import SystemDisk, Threads
 from alaya_tiers.tiers.base import Accountant
 from alaya_tiers.tiers.host import HostTier
 from alaya_tiers.tiers.ssd import SsdTier
+from alaya_tiers.tools import machine
 
 ROW = 512
 """Bytes of a token's key and value."""
 
 BATCH = 8 << 20
 """What is asked for at a time, as by the engine."""
+
+HUGE = 2 << 20
 
 MOST = 4096
 """Requests of one measurement."""
@@ -132,10 +134,12 @@ def plain(path: str, order: Order, size: int, depth: int, *, direct: bool, write
     move = os.pwritev if write else os.preadv
 
     def work(mine: list[int]) -> None:
-        with mmap.mmap(-1, size) as buffer:
-            for number in mine:
-                if move(handle, [buffer], number * size) != size:
-                    raise OSError(f"{path}: a transfer was cut short")
+        memory = machine.memory_buffer(2 * HUGE)  # in huge pages, as that of the tiers
+        at = -memory.ctypes.data % HUGE
+        buffer = memory[at : at + size].data
+        for number in mine:
+            if move(handle, [buffer], number * size) != size:
+                raise OSError(f"{path}: a transfer was cut short")
 
     try:
         parts = [order[i::depth].tolist() for i in range(depth)]

@@ -1,0 +1,77 @@
+"""Small blocks that lie apart are read by one call, and each that fails is the error it would be by itself."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from alaya_tiers.errors import IOFailed, StoreCorrupt
+from alaya_tiers.seams import SystemDisk
+from alaya_tiers.testing import Fault, SimDisk
+from tests.test_ssd import HEADS, RUNS, Stored, disk
+
+__all__ = ["disk"]  # the fixture
+
+APART = np.arange(0, HEADS * RUNS, 2)
+
+
+def read_blocks(stored: Stored, blocks: npt.NDArray[np.int64]) -> None:
+    """Into their places in memory, which is emptied first, by one job."""
+    stored.memory[:] = 0
+    stored.tier._threads = 1
+    (job,) = stored.tier.read_jobs(
+        stored.files[blocks], stored.offsets[blocks], stored.addresses[blocks], stored.digests[blocks]
+    )
+    job()
+
+
+def test_what_lies_apart_is_read_by_one_call(
+    tmp_path: Path, disk: SystemDisk | SimDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, calls = Stored(disk, str(tmp_path), 64), list[int]()
+    read_pages = disk.read_pages
+
+    def counted(handles: Any, offsets: Any, first: Any, addresses: Any, page: int) -> Any:
+        calls.append(len(handles))
+        return read_pages(handles, offsets, first, addresses, page)
+
+    monkeypatch.setattr(disk, "read_pages", counted)
+    stored.tier.files[0].known[:] = False
+    read_blocks(stored, APART)
+    assert calls == [len(APART)]
+    assert np.array_equal(stored.memory[APART], stored.data[APART])
+    assert not stored.memory[1::2].any()
+    assert stored.tier.knows(stored.files, stored.offsets).tolist() == [i % 2 == 0 for i in range(HEADS * RUNS)]
+    read_blocks(stored, np.arange(HEADS * RUNS))
+    assert calls == [len(APART)], "neighbours are one large read"
+    assert np.array_equal(stored.memory, stored.data)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_one_that_fails_is_an_error_and_one_that_is_short_is_completed(n: int) -> None:
+    disk = SimDisk(random.Random(0))
+    stored = Stored(disk, "/store", 64)
+    disk.faults.append(Fault("read", n))
+    with pytest.raises(IOFailed):
+        read_blocks(stored, APART)
+    disk.faults[:] = [Fault("read", n, "short")]
+    read_blocks(stored, APART)
+    assert np.array_equal(stored.memory[APART], stored.data[APART])
+    disk.faults[:] = [Fault("read", n, "flip")]
+    with pytest.raises(StoreCorrupt, match="damaged"):
+        read_blocks(stored, APART)
+    disk.faults[:] = [Fault("open")]
+    stored.tier._handles.close()
+    with pytest.raises(IOFailed):
+        read_blocks(stored, APART)
+
+
+def test_a_file_that_ends_early_is_said_to(tmp_path: Path) -> None:
+    stored = Stored(SystemDisk(), str(tmp_path), 64)
+    path = Path(stored.tier.files[0].path)
+    path.write_bytes(path.read_bytes()[: int(stored.offsets[APART[-1]]) + 5])
+    with pytest.raises(StoreCorrupt, match="ends before"):
+        read_blocks(stored, APART)
