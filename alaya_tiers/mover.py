@@ -301,6 +301,9 @@ class Mover:
                 task.cancel()
         while busy := [*self._operations, *self._workers, *filter(None, (self._writer, self._reader_ahead))]:
             await asyncio.gather(*busy, return_exceptions=True)
+            for name in ("_writer", "_reader_ahead"):  # one cancelled before its first step never clears its name
+                if (task := getattr(self, name)) is not None and task.done():
+                    setattr(self, name, None)
 
     # ------------------------------------------------------------------ inside
     async def _until(self, attempt: Callable[[], T | None]) -> T:

@@ -296,6 +296,18 @@ def test_what_was_read_ahead_in_vain_does_not_count_for_ever(how: str) -> None:
     run(Sim(0, 4, 4, prefetch_share=1.0), body)
 
 
+def test_closing_ends_what_was_started_a_moment_ago_and_never_ran() -> None:
+    """A task that is cancelled before its first step runs no line of its own: it waits for nobody."""
+
+    async def body(sim: Sim) -> None:
+        player = await cooled(sim, 9)
+        sim.mover.kick_reader(cold(sim, player)[0])
+        sim.mover.kick_writer()
+        await sim.mover.close()
+
+    run(Sim(0, 4, 4, prefetch_share=1.0), body)
+
+
 def test_reading_ahead_gives_way_to_whoever_waits() -> None:
     async def body(sim: Sim) -> None:
         player = await cooled(sim, 12)

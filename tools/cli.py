@@ -40,6 +40,7 @@ from alaya_tiers.tools import (
     stored,
     train,
     ttft,
+    tune,
     validate,
 )
 from alaya_tiers.tools import demo as demos
@@ -80,6 +81,7 @@ app.command("train")(train.command)
 app.add_typer(bench.app, name="bench", epilog="Example: [bold]alaya-tiers bench decode --quick[/bold]")
 app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.command("record", epilog=record.EPILOG)(record.command)
+app.command("tune", epilog=tune.EPILOG)(tune.command)
 app.command("validate", epilog=validate.EPILOG)(validate.command)
 app.command("profile", epilog=probe.EPILOG)(probe.command)
 app.command("simulate", epilog=simulate.EPILOG)(simulate.command)
