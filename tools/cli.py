@@ -38,6 +38,7 @@ from alaya_tiers.tools import (
     record,
     simulate,
     stored,
+    timeline,
     train,
     ttft,
     tune,
@@ -76,6 +77,7 @@ bench.app.command("compression")(compression.command)
 bench.app.command("io")(disk.command)
 bench.app.command("index")(indexes.command)
 bench.app.command("quality")(quality.command)
+bench.app.command("timeline")(timeline.command)
 bench.app.command("ttft")(ttft.command)
 app.command("train")(train.command)
 app.add_typer(bench.app, name="bench", epilog="Example: [bold]alaya-tiers bench decode --quick[/bold]")

@@ -33,7 +33,7 @@ MOST_EXTENTS = 256
 LEAST_PAGES = 64
 """Single pages that one thread reads: fewer keep too few reads under way."""
 
-SMALL_RUN = 128 << 10
+SMALL_RUN = 1 << 20
 """Bytes of a mean run up to which those of a job are read by one call."""
 
 SMALL_JOB = 256 << 10

@@ -1,0 +1,70 @@
+"""bench timeline: what a step is split into, by hand and from a cache."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from alaya_tiers import sparse
+from alaya_tiers.tools import cli, timeline
+from alaya_tiers.tools.baselines import Shape
+from alaya_tiers.tools.timeline import ATTENTION, INDEX, READ, STEP, WAIT, Span, Timeline, length, union
+
+TINY = Shape(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16)
+
+
+def test_stretches_that_overlap_count_once() -> None:
+    assert union([(3, 4), (0, 2), (1, 2.5)]) == [(0, 2.5), (3, 4)]
+    assert length(union([(0, 2), (1, 3), (5, 6)])) == 4
+
+
+def test_a_step_is_model_attention_index_and_waiting() -> None:
+    seen = Timeline()
+    seen.spans += [
+        Span(ATTENTION, "forward", 1, 6),
+        Span(INDEX, "forward", 2, 3),
+        Span(WAIT, "forward", 4, 5),
+        Span(READ, "alaya-io_0", 3.5, 5),
+        Span(READ, "alaya-io_1", 0, 1),
+        Span(READ, "alaya-io_1", 9, 12),  # goes on after the step
+        Span(WAIT, "forward", 20, 30),
+    ]
+    split = seen.split(Span(STEP, "forward", 0.5, 10))
+    assert split.total == 9.5
+    assert (split.waited, split.index, split.attention) == (1, 1, 3)
+    assert split.model == 4.5
+    assert split.hidden == 0.5 + 0.5 + 1, "of reading, what is outside of the wait and inside of the step"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["exact", "sparse"])
+def test_everything_is_seen_and_put_back(tmp_path: Path, mode: str) -> None:
+    scan = vars(sparse)["scan"]
+    found = timeline.run(TINY, 4096, 8.0, 4, mode, 3.0, str(tmp_path), None)
+    assert vars(sparse)["scan"] is scan
+    whats = {s.what for s in found.spans}
+    assert {STEP, ATTENTION, WAIT, READ} <= whats
+    assert (INDEX in whats) == (mode == "sparse")
+    assert {s.lane for s in found.spans if s.what == READ} <= {f"alaya-io_{i}" for i in range(4)}
+    assert sum(s.what == ATTENTION for s in found.spans) == 2 * 4
+    for split in found.steps:
+        assert split.total == pytest.approx(split.model + split.attention + split.index + split.waited)
+        assert min(split.model, split.attention, split.index, split.waited, split.hidden) >= 0
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.leaks("matplotlib keeps the files of its fonts open")
+def test_the_command_draws_it(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    sizes = ["--layers", "2", "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16"]
+    files = ["--json", str(tmp_path / "t.json"), "--plot", str(tmp_path / "t.png")]
+    done = CliRunner().invoke(
+        cli.app, ["bench", "timeline", "--context", "2K", "--steps", "2", *sizes, *files, "--dir", str(tmp_path)]
+    )
+    assert done.exit_code == 0, done.output
+    assert "was hidden" in done.output
+    assert len(json.loads((tmp_path / "t.json").read_text())["steps"]) == 2
+    assert (tmp_path / "t.png").stat().st_size > 1000
+    assert CliRunner().invoke(cli.app, ["bench", "timeline", "--times", "0"]).exit_code == 2
