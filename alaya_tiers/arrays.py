@@ -48,7 +48,7 @@ def write_array(
     tokens = max(min(s.tokens.size, (int(mine.max(initial=-1)) + 1) * layer.block_tokens) for s, _, mine, _ in users)
     offsets = np.full((layer.kv_heads, blocks), -1, np.int64)
     offsets[:, runs] = (np.arange(layer.kv_heads)[:, None] * blocks + runs) * stride_of(layer)
-    shard, stride = os.path.join(folder, "c", "0", "0", "0"), stride_of(layer)
+    shard = os.path.join(folder, "c", "0", "0", "0")
     where, partial = os.path.join(target, shard), os.path.join(target, f"{shard}.partial")
     try:
         disk.remove(partial)
@@ -57,9 +57,10 @@ def write_array(
             taken = disk.open(partial, create=True, direct=False)
             try:
                 for offset in offsets[offsets >= 0].tolist():
-                    for at in range(offset, offset + stride, PIECE):
-                        _copy(disk, given, taken, at, min(PIECE, offset + stride - at), shard)
-                _write(disk, taken, shard_index(offsets, shape.nbytes), offsets.size * stride)
+                    end = offset + shape.nbytes
+                    for at in range(offset, end, PIECE):
+                        _copy(disk, given, taken, at, min(PIECE, end - at), shard)
+                _write(disk, taken, shard_index(offsets, shape.nbytes), offsets.size * stride_of(layer))
             finally:
                 disk.close(taken)
         finally:

@@ -153,7 +153,8 @@ def test_all_damage_is_found_or_harmless(written: Path, tmp_path: Path, kind: st
             try:
                 whole, refused = readable(copy)
                 assert seen.damage or not refused, name
-                assert whole >= seen.left.contexts.keys() & seen.manifest.contexts.keys(), name
+                cut = {c for d in seen.damage if d.kind == "shard" for c in d.contexts}  # perhaps in a block's padding
+                assert whole >= (seen.left.contexts.keys() & seen.manifest.contexts.keys()) - cut, name
             except AlayaError:
                 assert seen.damage, name
             repair(DISK, str(store), seen)
