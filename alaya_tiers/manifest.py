@@ -94,8 +94,10 @@ class Segment:
 
     @classmethod
     def unlisted(cls, data: Any, name: str) -> "tuple[Entry, Segment]":
-        """A record that no manifest speaks of, and what one would say, without a digest; ValueError if it is not that
-        of its name."""
+        """A record that no manifest speaks of, and what one would say of it, without a digest.
+
+        ValueError if it is not the one of its name.
+        """
         layers = _of(data, "layers", dict)
         files = {f for layer in layers.values() for f in _of(layer, "files", list) if isinstance(f, str)}
         tokens = len(_of(data, "tokens", str)) * 3 // 4 // 8
@@ -187,7 +189,7 @@ class Manifest:
         names = list(files)
         made = cls(
             _count(body, "generation"),
-            {_matching(n, _NAME): _identity(i) for n, i in _of(body, "identities", dict).items()},
+            {_matching(n, _NAME): identity_from(i) for n, i in _of(body, "identities", dict).items()},
             {_matching(n, _NAME): _entry(e, names) for n, e in _of(body, "segments", dict).items()},
             {_matching(n, _NAME): _context(n, c) for n, c in _of(body, "contexts", dict).items()},
             files,
@@ -266,7 +268,8 @@ def _file(item: Any) -> tuple[str, int]:
     return _matching(item[0], _FILE), item[1]
 
 
-def _identity(data: Any) -> Identity:
+def identity_from(data: Any) -> Identity:
+    """Who computed something, as JSON says; ValueError where it makes no sense."""
     return Identity(
         model=_of(data, "model", str),
         weights=_of(data, "weights", str),

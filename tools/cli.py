@@ -25,6 +25,7 @@ from alaya_tiers.live import TIERS, Screen
 from alaya_tiers.stats import Stats
 from alaya_tiers.tools import (
     bench,
+    carry,
     choice,
     compression,
     disk,
@@ -36,6 +37,7 @@ from alaya_tiers.tools import (
     probe,
     quality,
     record,
+    show,
     simulate,
     stored,
     timeline,
@@ -88,6 +90,9 @@ app.command("validate", epilog=validate.EPILOG)(validate.command)
 app.command("profile", epilog=probe.EPILOG)(probe.command)
 app.command("simulate", epilog=simulate.EPILOG)(simulate.command)
 app.command("ls", epilog="Example: [bold]alaya-tiers ls contexts/[/bold]")(stored.ls)
+app.command("show", epilog="Example: [bold]alaya-tiers show contexts/ 3bb75c19[/bold]")(show.show)
+app.command("export", epilog="Example: [bold]alaya-tiers export contexts/ 3bb75c19 book.st[/bold]")(carry.export)
+app.command("import", epilog="Example: [bold]alaya-tiers import contexts/ book.st[/bold]")(carry.import_)
 app.command("verify", epilog="Example: [bold]alaya-tiers verify contexts/ --salvage saved/[/bold]")(fsck.verify)
 app.command("gc", epilog="Example: [bold]alaya-tiers gc contexts/ --dry-run[/bold]")(fsck.gc)
 
