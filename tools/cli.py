@@ -32,6 +32,7 @@ from alaya_tiers.tools import (
     fsck,
     heads,
     indexes,
+    inspect,
     overhead,
     plan,
     probe,
@@ -85,6 +86,7 @@ app.command("train")(train.command)
 app.add_typer(bench.app, name="bench", epilog="Example: [bold]alaya-tiers bench decode --quick[/bold]")
 app.command("plan", epilog=plan.EPILOG)(plan.command)
 app.command("record", epilog=record.EPILOG)(record.command)
+app.command("inspect", epilog=inspect.EPILOG)(inspect.command)
 app.command("tune", epilog=tune.EPILOG)(tune.command)
 app.command("validate", epilog=validate.EPILOG)(validate.command)
 app.command("profile", epilog=probe.EPILOG)(probe.command)

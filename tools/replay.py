@@ -134,7 +134,7 @@ class Replay:
                 case recorded.Fork():
                     old = self.parts[event.y]
                     self._forks[event.x] = (list(old.first), old.tokens)
-                    self._mover_.ledger.retain(self._all(old.first, old.layer).ravel())
+                    self.mover.ledger.retain(self._all(old.first, old.layer).ravel())
                     self.parts[event.x] = Part(-1, old.layer, self._stream(), list(old.first), old.tokens)
                 case Put():
                     await self._put(self.parts[event.x], event)
@@ -147,10 +147,11 @@ class Replay:
                 case recorded.Mark():
                     self._end_phase(event.name)
         self._end_phase("")
-        await self._mover_.close()
+        await self.mover.close()
 
     @property
-    def _mover_(self) -> Mover:
+    def mover(self) -> Mover:
+        """The engine's own; there is one from the first layer on."""
         assert self._mover is not None, "no layer yet"
         return self._mover
 
@@ -191,7 +192,7 @@ class Replay:
             part.session = own.session
             return
         part = self.parts[own.x] = Part(own.session, own.layer, self._stream())
-        size = self._mover_.shapes[own.layer].tokens
+        size = self.mover.shapes[own.layer].tokens
         if own.tokens and own.stored >= own.tokens - size:
             self._adopt(part, own.tokens)
         elif own.tokens:
@@ -199,7 +200,7 @@ class Replay:
 
     def _adopt(self, part: Part, tokens: int) -> None:
         """All of it on ssd, none in memory."""
-        mover, shape = self._mover_, self._mover_.shapes[part.layer]
+        mover, shape = self.mover, self.mover.shapes[part.layer]
         runs, heads = -(-tokens // shape.tokens), shape.geometry.kv_heads
         stream = self._stream()
         starts = np.arange(runs, dtype=np.int64) * shape.tokens
@@ -222,7 +223,7 @@ class Replay:
 
     async def _append(self, part: Part, tokens: int) -> None:
         """What Layer.append does."""
-        mover, size = self._mover_, self._mover_.shapes[part.layer].tokens
+        mover, size = self.mover, self.mover.shapes[part.layer].tokens
         done = 0
         while done < tokens:
             offset = part.tokens % size
@@ -234,7 +235,7 @@ class Replay:
                 mover.ledger.seal(self._all([first], part.layer).ravel())
 
     async def _open(self, part: Part, offset: int) -> int:
-        mover, run = self._mover_, part.tokens // self._mover_.shapes[part.layer].tokens
+        mover, run = self.mover, part.tokens // self.mover.shapes[part.layer].tokens
         if run == len(part.first):
             part.first.append(await self._new(part))
             return part.first[run]
@@ -250,7 +251,7 @@ class Replay:
         return first
 
     async def _new(self, part: Part) -> int:
-        mover = self._mover_
+        mover = self.mover
         shape = mover.shapes[part.layer]
         heads, start = shape.geometry.kv_heads, part.tokens // shape.tokens * shape.tokens
         slots = mover.try_device(heads)
@@ -262,19 +263,19 @@ class Replay:
         return first
 
     def _cut(self, part: Part, tokens: int) -> None:
-        size = self._mover_.shapes[part.layer].tokens
+        size = self.mover.shapes[part.layer].tokens
         keep = -(-tokens // size)
         if keep < len(part.first):
             ids = self._all(part.first[keep:], part.layer).ravel()
             del part.first[keep:]
             part.stream = self._stream()
-            self._mover_.give_back(self._mover_.ledger.release(ids))
+            self.mover.give_back(self.mover.ledger.release(ids))
         part.tokens = min(part.tokens, tokens)
 
     async def _built(self, part: Part) -> None:
         """Codes of all full blocks are made: in idle time of those that were in memory, now of the others."""
-        size = self._mover_.shapes[part.layer].tokens
-        book = self._mover_.ledger
+        size = self.mover.shapes[part.layer].tokens
+        book = self.mover.ledger
         for first in part.first[: part.tokens // size]:
             ids = self._all([first], part.layer)
             if not book.readable(ids).all():
@@ -282,7 +283,7 @@ class Replay:
 
     # ------------------------------------------------------------------ reading
     async def _read(self, part: Part, read: Read) -> None:
-        mover, geometry = self._mover_, self.geometries[part.layer]
+        mover, geometry = self.mover, self.geometries[part.layer]
         mover.ledger.begin_pass(part.layer)
         await asyncio.sleep(self._model_seconds(read.queries))
         rows = read.heads // geometry.kv_heads * read.queries
@@ -303,7 +304,7 @@ class Replay:
     async def _sparse(
         self, part: Part, found: Found, geometry: Geometry, rows: int, runs: npt.NDArray[np.int64]
     ) -> None:
-        s, size = self.settings, self._mover_.shapes[part.layer].tokens
+        s, size = self.settings, self.mover.shapes[part.layer].tokens
         first, last = -(-s.sink_tokens // size), max(0, part.tokens - s.recent_tokens) // size
         middle = (runs >= first) & (runs < last)
         ids = self._all(part.first, part.layer)
@@ -330,7 +331,7 @@ class Replay:
         """What Engine.reading and its caller do. ids: [heads, columns]; seconds: attention takes for so many blocks."""
         if not ids.size:
             return
-        mover = self._mover_
+        mover = self.mover
         book = mover.ledger
         here = book.readable(ids).all(0)
         resident = ids[:, here].ravel()
@@ -369,8 +370,8 @@ class Replay:
             self._read_ahead(upcoming)
 
     def _count(self, ids: Ids) -> None:
-        book = self._mover_.ledger
-        nbytes = self._mover_.shapes[int(book.layer[ids[0]])].nbytes if ids.size else 0
+        book = self.mover.ledger
+        nbytes = self.mover.shapes[int(book.layer[ids[0]])].nbytes if ids.size else 0
         device, ahead = int(np.count_nonzero(book.device[ids] >= 0)), int(np.count_nonzero(book.ahead[ids]))
         touched = self._phase.touched
         touched.device += device * nbytes
@@ -378,7 +379,7 @@ class Replay:
         touched.host += (ids.size - device - ahead) * nbytes
 
     def _unpin(self, ids: Ids, *, used: bool) -> None:
-        mover = self._mover_
+        mover = self.mover
         if used:
             mover.ledger.touch(ids)
         mover.give_back(mover.ledger.unpin(ids))
@@ -387,7 +388,7 @@ class Replay:
 
     def _read_ahead(self, part: Part) -> None:
         """What Engine.read_ahead does: the layers after this one, in the order exact attention reads them."""
-        mover = self._mover_
+        mover = self.mover
         if not mover.may_read_ahead():
             return
         room, found = int(self.settings.prefetch_share * mover.host.capacity), []
@@ -409,7 +410,7 @@ class Replay:
 
     def _dense(self, geometry: Geometry, rows: int, layer: int) -> Any:
         """Seconds of exact attention of ``rows`` queries a kv head, by number of blocks."""
-        tokens = self._mover_.shapes[layer].tokens
+        tokens = self.mover.shapes[layer].tokens
         block = tokens * geometry.row_bytes / self._attend(geometry)
         if rows > FEW_ROWS:
             block = 2 * rows * tokens * geometry.width / self.profile.flops
