@@ -7,6 +7,7 @@ model.generate(**inputs, past_key_values=cache)
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, StoreError
 from alaya_tiers.hf import DB, AlayaCache, AsyncDB, GatheredWarning, attach, generate
+from alaya_tiers.policies import Share, Shares
 from alaya_tiers.sparse import IndexFullWarning
 from alaya_tiers.stats import Stats
 
@@ -19,6 +20,8 @@ __all__ = [
     "GatheredWarning",
     "IndexFullWarning",
     "Settings",
+    "Share",
+    "Shares",
     "Stats",
     "StoreError",
     "attach",

@@ -36,6 +36,11 @@ class Adopted:
         """Whether a segment's blocks are in the ledger already."""
         return name in self._held
 
+    def in_use(self, name: str) -> bool:
+        """Whether somebody beside the store has blocks of a segment."""
+        refs = self.engine.mover.ledger.refs if name in self._held else None
+        return refs is not None and any(bool((refs[first] > 1).any()) for first, _ in self._held[name])
+
     def hold(self, name: str, segment: Segment, device: torch.device) -> Held:
         """A segment's blocks, in the ledger until ``release``. Raises StoreError, ConfigError, InputError."""
         if name in self._held:

@@ -11,6 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from alaya_tiers.adopted import Adopted, Held, Runs, ids_of
+from alaya_tiers.blocks import PAGE, round_up
 from alaya_tiers.cache import Session
 from alaya_tiers.commit import Job, encoded
 from alaya_tiers.config import OnCorrupt
@@ -65,7 +67,11 @@ class Contexts:
     def __init__(self, engine: Engine, snapshot: Snapshot | None = None) -> None:
         self.engine, self.snapshot = engine, snapshot
         self.shelf: Shelf = engine.store if snapshot is None else snapshot
-        self._lock = threading.RLock()
+        self._lock = self.lock = threading.RLock()
+        self.last_used: dict[str, float] = {}
+        """When a session was made on a segment, by the engine's clock."""
+        self.make_room: Callable[[str, int, int], None] = lambda root, nbytes, unwritten: None
+        """Called before so many bytes are stored under a root, so many of which have no place yet. May raise."""
         engine.shelf = self.shelf
         self._prefixes = Prefixes(engine, self.shelf)
         self._adopted = Adopted(engine, self.shelf)
@@ -126,6 +132,7 @@ class Contexts:
         with self._lock:
             wanted = dict.fromkeys(name for names in rows for name in names)
             held = {name: self._hold(name, device) for name in wanted}
+            self.last_used |= dict.fromkeys(wanted, self.engine.clock.monotonic())
             for place, number in enumerate(sorted(self._prefixes.record(rows[0][0]).layers)):
                 first = [np.concatenate([held[name][place][0] for name in names]) for names in rows]
                 session.layers[number] = self._layer(number, first, length)
@@ -155,6 +162,7 @@ class Contexts:
         chains = [_parts(row, root, of_row, identity.segment_tokens) for row, of_row in enumerate(tokens)]
         parts = {part.name: part for chain in reversed(chains) for part in chain}
         ids = [chain[-1].name for chain in chains]
+        self._room(session, root, self._missing(parts))
         self._write_out(session, self._missing(parts), say)  # what takes time, before others have to wait for us
         with self._lock:
             new = self._missing(parts)
@@ -167,29 +175,50 @@ class Contexts:
         return ids
 
     def load(
-        self, tokens: Tokens, chunks: Iterable[Chunk], identity: Identity, tenant: str = "", say: Say = silent
+        self,
+        tokens: Tokens,
+        chunks: Iterable[Chunk],
+        identity: Identity,
+        tenant: str = "",
+        say: Say = silent,
+        keep_every: int = 0,
     ) -> str:
         """Store a context computed elsewhere, chunk by chunk, so that it never has to be in memory; its id.
 
         tokens: int64 [length]; chunks: of all of them, in order, one row each. What is stored already is not written
-        again. say: told how many tokens were taken. Raises InputError, StoreError; nothing was stored then.
+        again. say: told how many tokens were taken. keep_every: see ``DB.import_context``. Raises InputError,
+        StoreError; nothing was stored then but what ``keep_every`` says.
         """
         self.store_here  # noqa: B018 - raises
+        every, kept = -(-keep_every // identity.segment_tokens) * identity.segment_tokens, set[str]()
         names, known = self.match(identity.root(tenant), tokens)
         session, done = self.open([names], known, None, torch.device("cpu")), 0
         try:
-            for chunk in chunks:
+            for chunk in _cut(chunks, every) if every else chunks:
                 size = _length(chunk)
                 skip = min(size, max(0, known - done))
+                if not done:
+                    nbytes = _stored_bytes(chunk, tokens.size - known, self.engine.settings.block_tokens)
+                    self.make_room(identity.root(tenant), nbytes, nbytes)
                 for layer, (k, v) in enumerate(chunk if skip < size else ()):
                     session.update(layer, k[:, :, skip:], v[:, :, skip:])
                 done += size
+                if every and known < done < tokens.size and not done % every:
+                    before = self.manifest.contexts.keys()
+                    kept |= {*self.store(session, tokens[None, :done], identity, tenant)} - before
                 say(done, tokens.size)
             if done != tokens.size:
                 raise InputError(f"keys and values of {done} tokens for {tokens.size} token ids")
-            return self.store(session, tokens[None], identity, tenant)[0]
+            name = self.store(session, tokens[None], identity, tenant)[0]
         finally:
             session.clear()
+        with self.lock:
+            manifest = self.manifest
+            for context in kept & manifest.contexts.keys():
+                manifest = manifest.without(context)
+            if manifest is not self.manifest:
+                self._forget(replace(manifest, generation=self.manifest.generation + 1))
+        return name
 
     def index(self, context: str, say: Say = silent) -> None:
         """Make the index of a stored context and keep it, as far as there is none. Raises InputError, StoreError.
@@ -295,6 +324,25 @@ class Contexts:
                 for run, file in enumerate(book.file[first].tolist()):
                     if file >= 0 and self._prefixes.is_damaged(ssd.files[file].path, run):
                         raise self._prefixes.corrupt(part.name)
+
+    def _room(self, session: Session, root: str, parts: list[Part]) -> None:
+        """See that these have room on disk."""
+        blocks = [ids_of(first, heads) for part in parts for first, heads in _held(session, part)]
+        if blocks:
+            mover, flat = self.engine.mover, np.unique(np.concatenate(blocks))
+            with mover.lock:
+                there, slot = mover.ledger.file[flat] >= 0, mover.host.slot_bytes
+            self.make_room(root, flat.size * slot, int(np.count_nonzero(~there)) * slot)
+
+    def in_use(self, names: Iterable[str]) -> bool:
+        """Whether a session has blocks of one of these segments."""
+        with self._lock:
+            return any(self._adopted.in_use(name) for name in names)
+
+    def forget(self, manifest: Manifest) -> None:
+        """Make a manifest that has less the one that counts. The caller holds the lock. Raises StoreError."""
+        self.engine.check_open()
+        self._forget(manifest)
 
     def _write_out(self, session: Session, parts: list[Part], say: Say) -> None:
         blocks = [ids_of(first, heads) for part in parts for first, heads in _held(session, part)]
@@ -501,6 +549,23 @@ def _warn(error: StoreCorrupt, length: int, *, drop: bool) -> None:
     if drop:
         then = f"contexts that need it end before it from now on: {', '.join(c[:12] for c in error.contexts)}"
     warnings.warn(f"{error}: {then}", CorruptWarning, stacklevel=6)
+
+
+def _cut(chunks: Iterable[Chunk], every: int) -> Iterator[Chunk]:
+    """The same tokens in chunks none of which goes across a multiple of ``every``."""
+    done = 0
+    for chunk in chunks:
+        size, at = _length(chunk), 0
+        while at < size:
+            end = min(size, at + every - done % every)
+            yield [(k[:, :, at:end], v[:, :, at:end]) for k, v in chunk]
+            done, at = done + end - at, end
+
+
+def _stored_bytes(chunk: Chunk, tokens: int, block_tokens: int) -> int:
+    """What so many tokens like these take on disk."""
+    rows = [(k.shape[1], (k.shape[3] + v.shape[3]) * k.element_size()) for k, v in chunk]
+    return sum(heads * -(-tokens // block_tokens) * round_up(block_tokens * row, PAGE) for heads, row in rows)
 
 
 def _length(chunk: Chunk) -> int:

@@ -19,8 +19,8 @@ from torch import Tensor
 from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
 from alaya_tiers.config import Settings
 from alaya_tiers.damage import ADVICE
-from alaya_tiers.errors import BudgetTooSmall, ConfigError, InputError, SessionClosed, StoreCorrupt
-from alaya_tiers.ledger import Ids
+from alaya_tiers.errors import BudgetTooSmall, ConfigError, InputError, OutOfSpace, SessionClosed, StoreCorrupt
+from alaya_tiers.ledger import Ids, Slots
 from alaya_tiers.loop import LoopThread
 from alaya_tiers.mover import Mover, Policies, Traffic
 from alaya_tiers.pace import Steps
@@ -92,6 +92,8 @@ class Engine:
         self._loop: LoopThread | None = None
         self.partitions: Partitions | None = None
         """What the index knows, in sparse mode, from the first ``fit`` on."""
+        self.on_full: Callable[[], bool] = lambda: False
+        """Called by a forward for which the ssd tier has no room; whether it is worth another try."""
         self._streams = itertools.count()
         self._fitting = threading.RLock()  # two sessions may bring the first layer at once, or one while another closes
         self._pid = os.getpid()
@@ -176,12 +178,20 @@ class Engine:
             if slots is not None:
                 first = mover.ledger.opened(layer, stream, start, slots)
         if slots is None:
-            slots = self._stall(mover.device_room(heads))
+            slots = self._device_room(heads)
             with mover.lock:
                 first = mover.ledger.opened(layer, stream, start, slots)
         if mover.wants_writer():
             self._bridge.call(mover.kick_writer)
         return first
+
+    def _device_room(self, heads: int) -> Slots:
+        while True:
+            try:
+                return self._stall(self.mover.device_room(heads))
+            except OutOfSpace:
+                if not self.on_full():
+                    raise
 
     def hold(self) -> object:
         """Keeps the tiers' memory mapped while it lives, even when the engine is closed. Raises SessionClosed."""
@@ -230,6 +240,13 @@ class Engine:
                 self._wait(mover.flush())
         self._wait(mover.flush())
         self._bridge.run(self.store.save_manifest(contexts()))
+
+    def let_go(self, ids: Ids) -> int:
+        """Free the memory of blocks that are on disk and nobody reads now; how many. They can be read again."""
+        if self._mover is None:
+            return 0
+        with self.mover.lock:
+            return self.mover.let_go(ids)
 
     def write_out(self, ids: Ids, say: Callable[[int], None] = lambda left: None) -> None:
         """Write these sealed blocks to disk. say: told how many are left. Raises StoreError."""

@@ -113,6 +113,21 @@ class Mover:
         self.traffic.demoted_bytes += int(sizes.sum())
         return True
 
+    def let_go(self, ids: Ids) -> int:
+        """Give up copies in memory of blocks that are on disk too; how many. Others keep theirs."""
+        book, gone = self.ledger, self._drop_copies(ids)
+        above = np.intersect1d(ids, book.demotable_ids())
+        for block in above[book.file[above] >= 0]:
+            if not self.demote(block[None]):
+                break
+            gone += self._drop_copies(block[None])
+        return gone
+
+    def _drop_copies(self, ids: Ids) -> int:
+        below = np.intersect1d(ids, self.ledger.droppable_ids())
+        self.host.give(self.ledger.dropped(below))
+        return int(below.size)
+
     def may_read_ahead(self) -> bool:
         """Whether anything is on ssd that could be read ahead, and nothing is being read ahead now."""
         return self._reader_ahead is None and bool(self.ssd.files)

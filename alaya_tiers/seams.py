@@ -171,6 +171,23 @@ class Threads:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
+def _make_folders(path: str) -> None:
+    """A directory and all above it that are missing, for us alone: makedirs gives its mode to the last one only."""
+    if not os.path.isdir(path):
+        above = os.path.dirname(path)
+        if above and above != path:
+            _make_folders(above)
+        try:
+            os.mkdir(path, 0o700)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
 class SystemDisk:
     """The real file system."""
 
@@ -179,7 +196,7 @@ class SystemDisk:
         if direct:
             flags |= getattr(os, "O_DIRECT", 0)
         if create:
-            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+            _make_folders(os.path.dirname(path))
             flags |= os.O_CREAT
         try:
             return os.open(path, flags, 0o600)
@@ -208,10 +225,10 @@ class SystemDisk:
             return data
 
     async def save(self, path: str, data: bytes) -> None:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        _make_folders(os.path.dirname(path))
         partial = f"{path}.partial"
         try:
-            async with aiofiles.open(partial, "wb") as file:
+            async with aiofiles.open(partial, "wb", opener=_private) as file:
                 await file.write(data)
                 await file.flush()
                 os.fsync(file.fileno())
@@ -237,7 +254,7 @@ class SystemDisk:
         return shutil.disk_usage(path).free
 
     def claim(self, path: str) -> int:
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        _make_folders(path)
         if not os.access(path, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
         handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

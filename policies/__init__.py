@@ -19,6 +19,7 @@ from alaya_tiers.policies.base import (
 from alaya_tiers.policies.lru import Lru
 from alaya_tiers.policies.reuse import Always, Cheaper, Never, Reuse, ReusePolicy, ReuseView
 from alaya_tiers.policies.scan import Scan
+from alaya_tiers.policies.shares import Patience, PauseView, Share, Shares, StoredView
 from alaya_tiers.policies.watermark import Watermark
 from alaya_tiers.policies.window import Window
 
@@ -34,12 +35,17 @@ __all__ = [
     "Never",
     "NextInOrder",
     "NoPrefetch",
+    "Patience",
+    "PauseView",
     "PrefetchPolicy",
     "PrefetchView",
     "Reuse",
     "ReusePolicy",
     "ReuseView",
     "Scan",
+    "Share",
+    "Shares",
+    "StoredView",
     "Watermark",
     "Window",
     "WritePolicy",

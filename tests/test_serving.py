@@ -1,6 +1,7 @@
 """The asynchronous database: the same answers, side by side, and nothing left by what was cancelled."""
 
 import asyncio
+import re
 import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -12,8 +13,9 @@ from transformers import DynamicCache
 
 from alaya_tiers import DB, AsyncDB
 from alaya_tiers.errors import InputError
-from tests.test_db import TIGHT, check, expected, made, stored
-from tests.tiny import prompt
+from tests.test_db import SEGMENT, TIGHT, check, expected, made, stored
+from tests.test_readme import small_model
+from tests.tiny import BLOCK, prompt
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +197,43 @@ async def test_what_had_not_begun_never_begins(tmp_path: Path, model: Any) -> No
         go.set()
         assert await first
         assert not ran
+
+
+def test_an_import_that_was_cut_off_goes_on_where_it_was(tmp_path: Path, model: Any) -> None:
+    """Every 32 tokens, so at each segment: what is there is found again, and nothing of it written twice."""
+    ids, said = prompt(1, 150), list[int]()
+    chunks = kv(model, ids)
+
+    def cut(n: int) -> Iterator[Any]:
+        yield from chunks[:n]
+        raise ConnectionError
+
+    with DB(tmp_path, model=model, **TIGHT) as db:
+        with pytest.raises(ConnectionError):
+            db.import_context(ids, cut(5))
+        assert not db.contexts(), "all or nothing"
+        with pytest.raises(ConnectionError):
+            db.import_context(ids, cut(7), keep_every=SEGMENT - 3)
+        kept = {context.tokens for context in db.contexts()}
+        assert kept == set(range(SEGMENT, 7 * 16 + 1, SEGMENT))
+    with DB(tmp_path, model=model, **TIGHT) as db:
+        name = db.import_context(ids, iter(chunks), keep_every=SEGMENT, say=lambda done, of: said.append(done))
+        written = db._engine.traffic.written_bytes
+        assert said[-1] == 150
+        assert {context.tokens for context in db.contexts()} == {150, *kept}, "what this attempt kept is gone"
+        tokens, parts = db.export_context(name)
+        assert tokens.equal(ids[0])
+        assert torch.cat([part[2][1] for part in parts], 2).equal(torch.cat([chunk[2][1] for chunk in chunks], 2))
+        assert written <= (150 - max(kept) + BLOCK) * 3 * 2 * 32 * 4
+        assert not db.verify()
+
+
+@pytest.mark.slow
+def test_the_examples_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All blocks of docs/serving.md, one after the other."""
+    small_model(tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    text, names = (root / "docs" / "serving.md").read_text(), dict[str, object]()
+    for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        line = text[: text.index(block)].count("\n")
+        exec(compile("\n" * line + block, "docs/serving.md", "exec"), names)

@@ -1,5 +1,6 @@
 """The database of contexts, for transformers: sessions are caches, models say who they are."""
 
+import copy
 import errno
 import os
 import weakref
@@ -21,10 +22,11 @@ from alaya_tiers.hf.cache import AlayaCache, model_of, positions_of
 from alaya_tiers.hf.continuing import weights_digest
 from alaya_tiers.hf.stored import StoredCache, check_layers, see
 from alaya_tiers.identity import Identity, Tokens, model_digest
-from alaya_tiers.manifest import Context
+from alaya_tiers.manifest import Context, Manifest
 from alaya_tiers.observe import observe
-from alaya_tiers.policies import REUSE, by_name
+from alaya_tiers.policies import REUSE, Patience, Shares, by_name
 from alaya_tiers.recorder import Recorder, recording
+from alaya_tiers.retention import Paused, Pin, Retention
 from alaya_tiers.seams import SystemDisk
 from alaya_tiers.snapshot import Snapshot
 from alaya_tiers.stats import Stats
@@ -46,7 +48,9 @@ class DB:
     path: the directory, made if need be. read_only: open what is stored now, beside the process that writes; new tokens
     of sessions live in a temporary directory, and what is stored later is seen after ``refresh()``. settings: Settings;
     or its fields as keyword arguments, for example ``device_budget="256MiB", host_budget="2GiB"``. model: that
-    of all sessions which are not given one. tenant: a secret text; what is stored under it is found under it only.
+    of all sessions which are not given one. tenant: a secret text; what is stored under it is found under it only, and
+    nothing else is seen, listed or deleted here. shares: a policy by which contexts leave when the ssd budget, or a
+    tenant's share of it, is full; without one nothing leaves by itself. patience: the policy of ``pause``.
 
     ``close()``, or leaving a ``with`` block, ends all sessions. What was stored stays, what was not is removed.
 
@@ -61,6 +65,8 @@ class DB:
         model: PreTrainedModel | None = None,
         tenant: str = "",
         read_only: bool = False,
+        shares: Shares | None = None,
+        patience: Patience | None = None,
         **overrides: Any,
     ) -> None:
         base = settings if settings is not None else Settings()
@@ -81,6 +87,11 @@ class DB:
                 snapshot.close()
             raise
         self._model, self._tenant = model, tenant
+        self._tenants = {"": tenant}
+        self._parent: DB | None = None
+        self._known = set[Identity]()
+        self._patience = patience if patience is not None else Patience()
+        self._retention = Retention(self._contexts, shares, self._tenant_of)
         self._hooks: Hooks = weakref.WeakKeyDictionary()
         weakref.finalize(self, _unhook, self._hooks).atexit = False
 
@@ -88,6 +99,21 @@ class DB:
     def model(self) -> PreTrainedModel | None:
         """That of sessions which are not given one."""
         return self._model
+
+    def tenant(self, name: str, secret: str) -> "DB":
+        """The same database as one tenant sees it: only what was stored under this secret. name: for ``shares``.
+
+        Both have the same budgets, model and life: closing one closes both. Raises InputError when the name or the
+        secret is another tenant's.
+        """
+        if self._tenants.get(name, secret) != secret or (
+            name not in self._tenants and secret in self._tenants.values()
+        ):
+            raise InputError(f"{name!r} or its secret is another tenant's: each has a name and a secret of its own")
+        self._tenants[name] = secret
+        made = copy.copy(self)
+        made._tenant, made._parent = secret, self
+        return made
 
     # ------------------------------------------------------------------ sessions
     def create_session(
@@ -142,6 +168,7 @@ class DB:
                 self._engine.recorder.request(row, length)
         cache = StoredCache(session, config, ids[:, :length], device, self._contexts, self._meet)
         cache.reuse = decision
+        cache.tenant = self._tenant
         cache._weights = found.weights if found is not None and length else weights
         if model is not None:
             self._meet(model)
@@ -162,6 +189,8 @@ class DB:
         self._engine.check_open()
         if not isinstance(session, StoredCache) or session.contexts is not self._contexts:
             raise InputError("only a session of this database can be stored: make it by create_session()")
+        if session.tenant != self._tenant:
+            raise InputError("the session is another tenant's: store it there")
         ids = session.known_ids(None if input_ids is None else _ids(input_ids))
         if (prefill := self._engine.steps.prefill_rate) is not None and session._weights is not None:
             self._engine.wear.prefill[session._weights] = prefill
@@ -183,14 +212,17 @@ class DB:
         model: PreTrainedModel | None = None,
         lossy: bool = False,
         say: Say = silent,
+        keep_every: int = 0,
     ) -> str:
         """Store a context that was computed elsewhere; its id.
 
         input_ids: [tokens] or [1, tokens]. kv: a DynamicCache, keys and values of each layer, or an iterator of such
         in chunks of tokens, of which only one has to fit in memory. model: whose KV it is. lossy: whether it was
-        computed by approximate attention. say: told how many tokens were taken, of how many.
+        computed by approximate attention. say: told how many tokens were taken, of how many. keep_every: make what is
+        there durable after so many tokens, rounded up to whole segments, as a context of its own that goes when the
+        import is complete; one that was cut off is given again and writes only what is missing. 0 = all or nothing.
 
-        Raises InputError, UnsupportedModel, StoreError; nothing was stored then.
+        Raises InputError, UnsupportedModel, StoreError; nothing was stored then but what ``keep_every`` says.
         """
         self._engine.check_open()
         ids, model = _ids(input_ids), self._model if model is None else model
@@ -205,11 +237,12 @@ class DB:
             raise InputError("there are no keys and values to store")
         dtype = str(first[0][0].dtype).removeprefix("torch.")
         identity = self._identity_of(weights_digest(model), dtype, lossy=lossy)
-        return self._contexts.load(ids[0].numpy(), _with(first, chunks), identity, self._tenant, say)
+        return self._contexts.load(ids[0].numpy(), _with(first, chunks), identity, self._tenant, say, keep_every)
 
     def export_context(self, context: str) -> tuple[Tensor, Iterator[Chunk]]:
         """Token ids [tokens] of a context, and its keys and values, segment by segment: what import_context takes."""
         self._engine.check_open()
+        self._own(context)
         return torch.from_numpy(self._contexts.tokens(context)), (kv for _, kv in self._contexts.read(context))
 
     def build_index(self, context: str, *, say: Say = silent) -> None:
@@ -222,16 +255,70 @@ class DB:
         self._engine.check_open()
         if self._engine.sparse is None:
             raise ConfigError("an index serves sparse sessions: open the database with mode='sparse'")
+        self._own(context)
         self._contexts.index(context, say)
 
     def contexts(self) -> list[Context]:
-        """What is stored, oldest first; of all tenants."""
+        """What is stored, oldest first; of this tenant."""
         self._engine.check_open()
-        return sorted(self._contexts.manifest.contexts.values(), key=lambda c: c.created)
+        manifest = self._contexts.manifest
+        mine = [c for c in manifest.contexts.values() if self._is_own(manifest, c.id)]
+        return sorted(mine, key=lambda c: c.created)
 
     def delete(self, context: str) -> None:
         """Forget a context and what only it needed. Sessions on it may go on. Raises InputError, StoreError."""
+        self._engine.check_open()
+        self._own(context)
         self._contexts.delete(context)
+
+    # ------------------------------------------------------------------ what stays
+    def pin(self, context: str, *, owner: str, reason: str, seconds: float) -> Pin:
+        """Keep a context on disk, whatever the policy would do, for so many seconds or until ``unpin``.
+
+        ``delete`` is not held up. Pins end with the process. Raises InputError, StoreReadOnly.
+        """
+        self._engine.check_open()
+        self._own(context)
+        return self._retention.pin(context, owner, reason, seconds)
+
+    def unpin(self, pin: Pin) -> None:
+        """Let go of it before its time. Raises InputError when that was done before."""
+        self._own(pin.context)
+        self._retention.unpin(pin)
+
+    def pins(self) -> list[Pin]:
+        """Those of this tenant's contexts that hold now."""
+        manifest = self._contexts.manifest
+        return [pin for pin in self._retention.pins() if self._is_own(manifest, pin.context)]
+
+    def expire(self) -> list[str]:
+        """Forget what was not used for its tenant's time to live, of all tenants; the ids of this tenant's.
+
+        Storing does so as needed. Raises StoreError.
+        """
+        mine = {c.id for c in self.contexts()}
+        return [] if self._contexts.snapshot is not None else [n for n in self._retention.expire() if n in mine]
+
+    def pause(
+        self, session: "AlayaCache", *, expected_return: float, reason: str = "paused", say: Say = silent
+    ) -> Paused:
+        """The session waits, for a tool or for a person: keep it in memory, or store it and let go of its memory.
+
+        expected_return: seconds. The policy weighs what the memory is worth to others against reading it again. Either
+        way the session goes on as if nothing had been. What was let go of is pinned for twice the time. Raises as
+        ``store`` does.
+        """
+        self._engine.check_open()
+        if not isinstance(session, StoredCache) or not expected_return >= 0:
+            raise InputError("a pause is that of a session of this database, for a number of seconds")
+        if self._patience.keep(self._retention.paused(session.session, expected_return)):
+            return Paused(True, ())
+        names = self.store(session, say=say)
+        self._retention.let_go(session.session)
+        seconds = max(1.0, 2 * expected_return)
+        return Paused(
+            False, tuple(self.pin(n, owner="pause", reason=reason, seconds=seconds) for n in dict.fromkeys(names))
+        )
 
     def refresh(self) -> bool:
         """With ``read_only``: move to what is stored now; whether that is something else. Sessions keep what they have.
@@ -248,8 +335,12 @@ class DB:
         return self._contexts.collect()
 
     def verify(self, *, say: Say = silent) -> list[Damage]:
-        """Read all that is stored and compare it with its digests; what is damaged, and whose it is."""
-        return self._contexts.verify(say)
+        """Read all that is stored, of all tenants, and compare it with its digests; what is damaged, and whose it is.
+
+        Of other tenants' contexts no names are given.
+        """
+        manifest, damage = self._contexts.manifest, self._contexts.verify(say)
+        return [d._replace(contexts=tuple(c for c in d.contexts if self._is_own(manifest, c))) for d in damage]
 
     def stats(self) -> Stats:
         """What all sessions did so far; tokens and kv_bytes are those of what is stored."""
@@ -274,6 +365,25 @@ class DB:
         self.close()
 
     # ------------------------------------------------------------------ inside
+    def _is_own(self, manifest: Manifest, context: str) -> bool:
+        root = manifest.root(context)
+        return root in manifest.identities and manifest.identities[root].root(self._tenant) == root
+
+    def _own(self, context: str) -> None:
+        """Raises InputError for what is another tenant's as for what is not there."""
+        manifest = self._contexts.manifest
+        if context not in manifest.contexts or not self._is_own(manifest, context):
+            raise InputError(f"there is no context {context!r} in this store; contexts() lists them")
+
+    def _tenant_of(self, root: str) -> str:
+        """The name of the tenant a root belongs to; a name of its own for one that was not named here."""
+        identities = [self._contexts.manifest.identities.get(root), *self._known]
+        for identity in filter(None, identities):
+            for name, secret in self._tenants.items():
+                if identity.root(secret) == root:
+                    return name
+        return f"root {root[:16]}"
+
     def _prefill(self, weights: str | None, found: Identity | None) -> float | None:
         """Seconds a token of a prompt takes this model: in this process, or when a context was stored."""
         measured = self._engine.steps.prefill_rate
@@ -310,7 +420,7 @@ class DB:
 
     def _identity_of(self, weights: str, dtype: str, *, lossy: bool) -> Identity:
         s = self._engine.settings
-        return Identity(
+        made = Identity(
             model=model_digest(self._contexts.shelf.model),
             weights=weights,
             dtype=dtype,
@@ -318,6 +428,8 @@ class DB:
             segment_tokens=s.segment_tokens,
             lossy=lossy,
         )
+        self._known.add(made)
+        return made
 
     def _require(self, config: PretrainedConfig) -> None:
         check_layers(config)

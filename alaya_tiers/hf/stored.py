@@ -51,6 +51,8 @@ class StoredCache(AlayaCache):
         meet: Callable[[PreTrainedModel], None],
     ) -> None:
         self.contexts, self._meet_first = contexts, meet
+        self.tenant = ""
+        """The secret under which it was made, and under which alone it is stored."""
         self._begin(session, config, TIERED)
         for layer in self.layers:
             if isinstance(layer, AlayaLayer) and layer.number in session.layers:
