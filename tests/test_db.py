@@ -429,7 +429,7 @@ def test_one_difference_is_a_miss(tmp_path: Path, model: Any, change: str) -> No
             other(input_ids=rest, past_key_values=session)
         if change != "dtype":  # one engine, one dtype at a time
             db.store(session)
-            assert len(db.contexts()) == 2
+            assert len(db._contexts.manifest.contexts) == 2
     with opened(tmp_path, tenant="one") as db:
         continued(model, db, text, 79)
 
