@@ -33,6 +33,7 @@ from alaya_tiers.layer import AtHand, Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.observe import observe
 from alaya_tiers.pace import Meter
+from alaya_tiers.picks import ahead
 from alaya_tiers.recorder import Recorder, recording
 from alaya_tiers.stats import Stats
 from alaya_tiers.view import Gathered, Heads, Spans, Visible, mask_of, positions_of, tiles
@@ -177,7 +178,16 @@ class Session:
                 use.exact += heads * (n - start)
                 return start
             out[:, start:end] = _with_sinks(part, sinks).out.view(heads, end - start, -1)
+        self._read_ahead(state, row)
         return n
+
+    def _read_ahead(self, state: Layer, row: Row) -> None:
+        """Have what the next layer may want of this row's sequence on its way."""
+        numbers = sorted(self.layers)
+        after = self.layers[numbers[(numbers.index(state.number) + 1) % len(numbers)]]
+        place = state.rows.index(row)
+        if place < len(after.rows):
+            ahead(row, after, after.rows[place])
 
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """All of a layer as tensors k [rows, kv_heads, length, k_dim] and v: what tiers try never to make."""

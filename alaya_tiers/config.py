@@ -83,7 +83,10 @@ class Settings:
         session mends the context; "drop" it, with a warning: contexts that need it end before it from then on.
     check_on_open: whether a database reads all of a stored prefix before it reuses it for the first time. Else damage
         is met when attention asks for the block: an error, after which the next session does what ``on_corrupt`` says.
-    eviction: policy of the host tier, a name in ``alaya_tiers.policies.EVICTION``.
+    eviction: policy of the host tier, a name in ``alaya_tiers.policies.EVICTION``. "auto" is "scan" in exact mode;
+        in sparse mode "lru" for whole blocks and "heat" for the single pages of cold blocks.
+    page_share: share of the host tier that such pages may take.
+    guess: policy of reading such pages ahead, a name in ``alaya_tiers.policies.GUESS``.
     prefetch: policy of reading ahead, a name in ``alaya_tiers.policies.PREFETCH``.
     """
 
@@ -115,7 +118,9 @@ class Settings:
     io_threads: int = 4
     on_corrupt: OnCorrupt = "recompute"
     check_on_open: bool = False
-    eviction: str = "scan"
+    eviction: str = "auto"
+    page_share: float = 0.75
+    guess: str = "confident"
     prefetch: str = "next"
 
     def __post_init__(self) -> None:
@@ -128,7 +133,7 @@ class Settings:
                 raise ConfigError(f"{name} must be a power of two, got {n!r}")
         if self.segment_tokens < self.block_tokens:
             raise ConfigError(f"segment_tokens ({self.segment_tokens}) is below block_tokens ({self.block_tokens})")
-        for name in ("dirty_limit", "prefetch_share"):
+        for name in ("dirty_limit", "prefetch_share", "page_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name} is a share between 0 and 1, got {getattr(self, name)!r}")
         if not 0 < self.alpha <= 1:
@@ -148,6 +153,16 @@ class Settings:
         _check_choice("io", self.io, get_args(IoMode))
         _check_choice("mode", self.mode, get_args(Mode))
         _check_choice("on_corrupt", self.on_corrupt, get_args(OnCorrupt))
+
+    @property
+    def eviction_of_blocks(self) -> str:
+        """The policy of whole blocks in the host tier."""
+        return ("lru" if self.mode == "sparse" else "scan") if self.eviction == "auto" else self.eviction
+
+    @property
+    def eviction_of_pages(self) -> str:
+        """The policy of single pages."""
+        return "heat" if self.eviction == "auto" else self.eviction
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

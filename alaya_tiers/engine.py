@@ -24,8 +24,9 @@ from alaya_tiers.ledger import Ids, Slots
 from alaya_tiers.loop import LoopThread
 from alaya_tiers.mover import Mover, Policies, Traffic
 from alaya_tiers.pace import Steps
+from alaya_tiers.pages import Pages
 from alaya_tiers.partitions import Partitions
-from alaya_tiers.policies import EVICTION, PREFETCH, Watermark, Window, by_name
+from alaya_tiers.policies import EVICTION, GUESS, PREFETCH, Watermark, Window, by_name
 from alaya_tiers.recorder import Recorder
 from alaya_tiers.seams import Clock, Disk, Executor, SystemClock, SystemDisk, Threads
 from alaya_tiers.snapshot import Model, Shelf
@@ -68,7 +69,7 @@ class Engine:
         self.accountant = Accountant(budgets | ({} if self.sparse is None else {"index": settings.index_budget}))
         self.policies = Policies(
             device=Window(settings.sink_tokens),
-            host=by_name(EVICTION, settings.eviction),
+            host=by_name(EVICTION, settings.eviction_of_blocks),
             prefetch=by_name(PREFETCH, settings.prefetch),
             write=Watermark(settings.dirty_limit),
         )
@@ -94,6 +95,8 @@ class Engine:
         """What the index knows, in sparse mode, from the first ``fit`` on."""
         self.on_full: Callable[[], bool] = lambda: False
         """Called by a forward for which the ssd tier has no room; whether it is worth another try."""
+        self.pages: Pages | None = None
+        """Single pages of cold blocks, in sparse mode, from the first ``fit`` on."""
         self._streams = itertools.count()
         self._fitting = threading.RLock()  # two sessions may bring the first layer at once, or one while another closes
         self._pid = os.getpid()
@@ -165,6 +168,10 @@ class Engine:
         if self.sparse is not None:
             wake = partial(self._loop.call, self._mover.changed)
             self.partitions = Partitions(s, self._mover, self.accountant, wake)
+            eviction, guess = by_name(EVICTION, s.eviction_of_pages), by_name(GUESS, s.guess)
+            self.pages = Pages(
+                self._mover, eviction, guess, s.page_share, s.prefetch_share, self.clock, self._loop.submit
+            )
         self._finalizer.detach()
         self._finalizer = weakref.finalize(self, _close, self.store, self._mover, self._loop, executor, self.partitions)
 
@@ -357,6 +364,11 @@ class Engine:
         """The memory of a pinned block, uint8 [slot_bytes], on the device it lies on."""
         return self.mover.tensor(block)
 
+    def note_rows(self, nbytes: int) -> None:
+        """Keys and values of so many bytes were picked out of pages."""
+        if self.pages is not None:
+            self.pages.use.rows += nbytes
+
     def _count(self, ids: Ids) -> None:
         """Note where attention found blocks of one layer that are in memory."""
         book = self.mover.ledger
@@ -403,6 +415,14 @@ class Engine:
     def _bridge(self) -> LoopThread:
         assert self._loop is not None
         return self._loop
+
+    def notify(self) -> None:
+        """Wake whoever waits for storage."""
+        self._bridge.call(self.mover.changed)
+
+    def on_loop(self, work: Callable[[], None]) -> None:
+        """Do something soon, on the loop."""
+        self._bridge.call(work)
 
     def submit(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
         """Start a coroutine on the loop."""

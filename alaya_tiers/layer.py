@@ -29,6 +29,8 @@ class Row:
 
     at_hand: AtHand | None = None
     """What the last attention found, so that the next one need not look for it again."""
+    picked: npt.NDArray[np.int64] | None = None
+    """Pages of blocks that the last sparse attention wanted tokens of, ascending."""
 
     def __init__(self, stream: int, first: npt.NDArray[np.int64] | None = None) -> None:
         self.stream = stream

@@ -46,16 +46,18 @@ _FIELDS: dict[str, tuple[type, int]] = {
     "used": (np.int64, 0),
     "ahead": (np.bool_, 0),
     "code": (np.int32, NOWHERE),
+    "paged": (np.bool_, 0),
 }
 
 
 class Freed(NamedTuple):
-    """What dead blocks leave behind: slots to give back and extents to forget."""
+    """What dead blocks leave behind: slots to give back, extents to forget, and which of them had pages in memory."""
 
     device: Slots
     host: Slots
     file: npt.NDArray[np.int32]
     code: Slots = np.empty(0, np.int32)
+    paged: Ids = np.empty(0, np.int64)
 
 
 class Ledger:
@@ -82,6 +84,8 @@ class Ledger:
     """Read before it was asked for, and not asked for yet."""
     code: Slots
     """Slot of the block's codes, NOWHERE until they are made, UNCODABLE when they cannot be."""
+    paged: Mask
+    """Single pages of it were read, and may still be in memory."""
 
     def __init__(self) -> None:
         for name, (dtype, default) in _FIELDS.items():
@@ -310,9 +314,9 @@ class Ledger:
         self.moves += 1
         device, host, file = self.device[dead], self.host[dead], self.file[dead]
         code = self.code[dead]
-        freed = Freed(device[device >= 0], host[host >= 0], file[file >= 0], code[code >= 0])
+        freed = Freed(device[device >= 0], host[host >= 0], file[file >= 0], code[code >= 0], dead[self.paged[dead]])
         self.device[dead] = self.host[dead] = self.file[dead] = self.code[dead] = NOWHERE
-        self.sealed[dead] = self.ahead[dead] = False
+        self.sealed[dead] = self.ahead[dead] = self.paged[dead] = False
         for first in self._dead_groups(dead):
             self._reusable.setdefault(int(self._group[first]), []).append(first)
         return freed

@@ -15,7 +15,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from torch import Tensor
@@ -23,7 +23,7 @@ from torch import Tensor
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, SessionClosed
-from alaya_tiers.ledger import WRITING, Freed, Ids, Ledger, Slots
+from alaya_tiers.ledger import IDLE, WRITING, Freed, Ids, Ledger, Mask, Slots
 from alaya_tiers.policies import EvictionPolicy, EvictionView, PrefetchPolicy, PrefetchView, WritePolicy, WriteView
 from alaya_tiers.seams import Executor
 from alaya_tiers.tiers.arena import Arena, copy_slots
@@ -57,6 +57,18 @@ class Traffic:
     stalls: int = 0
 
 
+class PagePool(Protocol):
+    """What a mover asks of the pool of pages, under its lock."""
+
+    def forget(self, blocks: Ids) -> None:
+        """Blocks are dead, and their pages with them."""
+        ...
+
+    def shrink(self, n: int) -> None:
+        """Give up to ``n`` host slots back."""
+        ...
+
+
 class Mover:
     """Moves blocks as the policies decide. Synchronous methods never wait; coroutines run on one event loop.
 
@@ -79,6 +91,8 @@ class Mover:
         self.shapes: dict[int, BlockShape] = {}
         self.codes: Arena | None = None
         """Where codes of blocks are, if there are any."""
+        self.pages: PagePool | None = None
+        """Single pages of cold blocks, if there are any: they take slots of the host tier, and give them back."""
         self.garbage: list[str] = []
         """Files nothing lives in any more; the writer removes them."""
         self.publish = publish
@@ -128,6 +142,11 @@ class Mover:
         self.host.give(self.ledger.dropped(below))
         return int(below.size)
 
+    @property
+    def closing(self) -> bool:
+        """Whether ``close`` was called."""
+        return self._closing
+
     def may_read_ahead(self) -> bool:
         """Whether anything is on ssd that could be read ahead, and nothing is being read ahead now."""
         return self._reader_ahead is None and bool(self.ssd.files)
@@ -164,12 +183,28 @@ class Mover:
             candidates = self.ledger.droppable_ids()
             if among is not None:
                 candidates = among(candidates)
+            if among is None and candidates.size < short and self.pages is not None:
+                self.pages.shrink(short - candidates.size)
+                short = n - self.host.free
             if candidates.size < short:
                 return None
+            if short <= 0:
+                return self.host.take(n)
             victims = self.policies.host.victims(self._view(candidates), short)
             self.host.give(self.ledger.dropped(victims))
             self.traffic.dropped_blocks += victims.size
         return self.host.take(n)
+
+    def spare_host(self) -> int:
+        """Host slots that are free or hold a clean block nobody reads, but for two runs of blocks."""
+        return max(0, self.host.free + self.ledger.droppable_ids().size - self.host_floor // self.host.slot_bytes)
+
+    def pageable(self, ids: Ids) -> Mask:
+        """Which blocks are on ssd only, and written so that their pages can be read singly."""
+        book = self.ledger
+        cold = (book.file[ids] >= 0) & (book.device[ids] < 0) & (book.host[ids] < 0) & (book.busy[ids] == IDLE)
+        cold[cold] = self.ssd.knows(book.file[ids[cold]], book.offset[ids[cold]])
+        return np.asarray(cold)
 
     def addresses(self, ids: Ids) -> Addresses:
         """Where readable blocks lie in memory, int64 of the shape of ``ids``. The caller has pinned them."""
@@ -207,6 +242,8 @@ class Mover:
             self.device.give(freed.device)
         if freed.host.size:
             self.host.give(freed.host)
+        if freed.paged.size and self.pages is not None:
+            self.pages.forget(freed.paged)
         if freed.file.size:
             self.garbage += self.ssd.forget(freed.file)
 
@@ -238,7 +275,7 @@ class Mover:
     # ------------------------------------------------------------------ on the loop
     async def device_room(self, n: int) -> Slots:
         """``n`` device slots, waiting for write-behind if it must. Raises BudgetTooSmall, StoreError."""
-        with self._working():
+        with self.working():
             return await self._until(lambda: self.try_device(n))
 
     async def load(self, ids: Ids, gate: asyncio.Lock) -> None:
@@ -247,7 +284,7 @@ class Mover:
         Loads that share a gate get their room in the order they were started, so that what is asked for later never
         starves what is asked for sooner. Raises StoreError; nothing stays pinned then.
         """
-        with self._working():
+        with self.working():
             async with gate:
                 reading = await self._begin(ids)
             try:
@@ -265,7 +302,7 @@ class Mover:
         self._flushing = True
         try:
             self.kick_writer()
-            with self._working():
+            with self.working():
                 await self._until(lambda: None if self._writer is not None or self.ledger.dirty_ids().size else True)
                 for number, file in enumerate(self.ssd.files):
                     if file.live and file.written and not file.published:
@@ -275,21 +312,26 @@ class Mover:
 
     async def write_out(self, ids: Ids, say: Callable[[int], None] = lambda left: None) -> None:
         """Write these sealed blocks to disk, wherever they are. say: told how many are left. Raises StoreError."""
-        with self._working():
+        with self.working():
             await self._until(partial(self._written_out, ids, say))
 
     async def make_public(self, numbers: list[int]) -> None:
         """Index and metadata of these files. Raises StoreError."""
-        with self._working():
+        with self.working():
             for number in numbers:
                 await self._make_public(number)
 
     async def run_all(self, jobs: list[Callable[[], None]]) -> None:
         """Run jobs on the executor, all to their end; raises the first error."""
-        with self._working():
+        with self.working():
             for result in await self._all(jobs):
                 if result is not None:
                     raise result
+
+    async def run_reads(self, jobs: list[Callable[[], None]]) -> list[BaseException]:
+        """Run reads to their end, even when the awaiting task is cancelled; the errors."""
+        results = await self._owned(self._all(jobs))
+        return [e for e in results if isinstance(e, BaseException)]
 
     def kick_writer(self) -> None:
         """Start writing behind, if there is anything to write. On the loop only."""
@@ -380,7 +422,7 @@ class Mover:
         self.changed()
 
     @contextmanager
-    def _working(self) -> Iterator[None]:
+    def working(self) -> Iterator[None]:
         """Around what ``close`` must wait for."""
         task = asyncio.current_task()
         assert task is not None

@@ -24,6 +24,7 @@ def observe(engine: Engine, tokens: int, kv_bytes: int) -> Stats:
         direct_io=engine.direct_io,
         path=None if engine.store.temporary else engine.store.path,
         sparse=None if engine.sparse is None else replace(engine.sparse),
+        pages=None if engine.pages is None else engine.pages.use.copy(),
         stalls=engine.stalls,
         stalled_seconds=engine.stalled_seconds,
         queues=_queues(engine),

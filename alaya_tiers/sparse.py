@@ -21,10 +21,12 @@ from torch import Tensor
 
 from alaya_tiers import kernel
 from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_lists, merge
+from alaya_tiers.blocks import PAGE
 from alaya_tiers.index.codes import MOST_ROWS, Layout, Reach, boundable, scan
 from alaya_tiers.index.plan import History, Rates, Step
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
+from alaya_tiers.picks import Picks, pageable
 from alaya_tiers.stats import SparseUse
 from alaya_tiers.view import Heads, Spans, Visible
 
@@ -190,16 +192,44 @@ def _lists(
     wanted = np.zeros(heads.size * runs.size, bool)
     wanted[cell] = True
     cells, blocks = np.flatnonzero(wanted), state.ids(row.first[runs])[heads].ravel()[wanted]
-    for columns, batch in engine.reading(blocks[None], nothing_more):
-        base = np.full(wanted.size, -1, np.int64)
-        base[cells[columns]] = engine.addresses(batch)[0]
-        start = base[cell]
-        if columns.size == blocks.size:
-            yield attend_lists(q[heads], start + offsets, first, g.k_dim, g.v_dim, g.dtype, scale, softcap)
-            continue
-        here = start >= 0
-        some = np.append(0, np.cumsum(here))[first]
-        yield attend_lists(q[heads], (start + offsets)[here], some, g.k_dim, g.v_dim, g.dtype, scale, softcap)
+    per, block_of = engine.mover.host.slot_bytes // PAGE, (np.cumsum(wanted) - 1)[cell]
+    names = blocks[block_of] * per + offsets // PAGE
+    singly = pageable(state, blocks)
+    by_page = singly[block_of]
+    row.picked = np.unique(names)
+    few, column = np.unique(names[by_page], return_inverse=True)
+    picks = Picks.start(engine, few)
+    if picks is None:
+        singly[:] = by_page[:] = False
+
+    def attend_to(some: npt.NDArray[np.bool_] | None, where: npt.NDArray[np.int64]) -> Partial:
+        """Tokens at addresses ``where``; of ``some`` only, if given."""
+        if some is None:
+            return attend_lists(q[heads], where, first, g.k_dim, g.v_dim, g.dtype, scale, softcap)
+        bounds = np.append(0, np.cumsum(some))[first]
+        return attend_lists(q[heads], where[some], bounds, g.k_dim, g.v_dim, g.dtype, scale, softcap)
+
+    try:
+        whole = np.flatnonzero(~singly)
+        base = np.empty(wanted.size, np.int64)
+        for columns, batch in engine.reading(blocks[None, whole], nothing_more) if whole.size else ():
+            base[:] = -1
+            base[cells[whole[columns]]] = engine.addresses(batch)[0]
+            start = base[cell]
+            yield attend_to(None if columns.size == blocks.size else start >= 0, start + offsets)
+        if picks is not None:
+            engine.note_rows(int(by_page.sum()) * g.row_bytes)
+            page_at, where = np.empty(few.size, np.int64), np.empty(tokens.size, np.int64)
+            for columns, addresses in picks:
+                page_at[:] = -1
+                page_at[columns] = addresses
+                where[:] = -1
+                where[by_page] = page_at[column]
+                here = where >= 0
+                yield attend_to(None if here.all() else here, where + offsets % PAGE)
+    finally:
+        if picks is not None:
+            picks.close()
 
 
 def nothing_more() -> Iterator[Ids]:

@@ -1,8 +1,9 @@
 """What a cache did so far, as data."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+from alaya_tiers.blocks import PAGE
 from alaya_tiers.pace import Steps
 
 
@@ -98,6 +99,63 @@ class SparseUse:
         }
 
 
+@dataclass(slots=True)
+class PageUse:
+    """Single pages of cold blocks that sparse attention wanted, counts of pages since the start.
+
+    wanted: by attention, of these missed: read when it asked. evicted: left to make room. guessed, used: read ahead,
+    and of these wanted later, by what suggested them. wasted: read ahead and evicted unused. in_time: of the used,
+    those that were there when they were wanted, lead_seconds long in sum. rows: bytes of keys and values picked.
+    """
+
+    wanted: int = 0
+    missed: int = 0
+    evicted: int = 0
+    wasted: int = 0
+    in_time: int = 0
+    lead_seconds: float = 0.0
+    rows: int = 0
+    guessed: dict[str, int] = field(default_factory=dict)
+    used: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def precision(self) -> dict[str, float]:
+        """Share of what was read ahead that was wanted, by what suggested it."""
+        return {name: self.used.get(name, 0) / n for name, n in self.guessed.items() if n}
+
+    @property
+    def recall(self) -> float:
+        """Share of the pages attention wanted and had not had, that were read ahead."""
+        used = sum(self.used.values())
+        return used / (used + self.missed) if used + self.missed else 0.0
+
+    def copy(self) -> "PageUse":
+        """As it is now."""
+        return replace(self, guessed=dict(self.guessed), used=dict(self.used))
+
+    def since(self, before: "PageUse") -> "PageUse":
+        """What happened after ``before`` was copied."""
+
+        def less(now: dict[str, int], then: dict[str, int]) -> dict[str, int]:
+            return {name: n - then.get(name, 0) for name, n in now.items()}
+
+        counts = {
+            name: getattr(self, name) - getattr(before, name)
+            for name in ("wanted", "missed", "evicted", "wasted", "in_time", "lead_seconds", "rows")
+        }
+        return PageUse(**counts, guessed=less(self.guessed, before.guessed), used=less(self.used, before.used))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Also the shares, as JSON values."""
+        return asdict(self) | {
+            "hit_rate": 1 - self.missed / self.wanted if self.wanted else 1.0,
+            "precision": self.precision,
+            "recall": self.recall,
+            "mean_lead_seconds": self.lead_seconds / self.in_time if self.in_time else 0.0,
+            "read_amplification": self.wanted * PAGE / self.rows if self.rows else 1.0,
+        }
+
+
 @dataclass(frozen=True, slots=True)
 class Stats:
     """A snapshot. Sizes in bytes, times in seconds, counts since the cache was made.
@@ -124,6 +182,7 @@ class Stats:
     direct_io: bool
     path: str | None = field(default=None)
     sparse: SparseUse | None = None
+    pages: PageUse | None = None
     stalls: int = 0
     stalled_seconds: float = 0.0
     queues: Queues = field(default_factory=Queues)
@@ -153,7 +212,8 @@ class Stats:
         ratios = {name: getattr(self, name) for name in ("hit_rate", "io_hidden", "prefetch_precision")}
         steps = {"tpot": self.steps.decoding.as_dict(), "prefill_seconds_per_token": self.steps.prefill_rate}
         sparse = None if self.sparse is None else self.sparse.as_dict()
-        return asdict(self) | ratios | {"steps": steps, "sparse": sparse}
+        pages = None if self.pages is None else self.pages.as_dict()
+        return asdict(self) | ratios | {"steps": steps, "sparse": sparse, "pages": pages}
 
 
 class Source(Protocol):

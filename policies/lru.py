@@ -2,9 +2,7 @@
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from alaya_tiers.policies.base import EvictionView, Ids, take
+from alaya_tiers.policies.base import EvictionView, Ids, lowest
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,4 +10,4 @@ class Lru:
     """What was not used for the longest time leaves first; the layer that comes last breaks ties."""
 
     def victims(self, view: EvictionView, n: int) -> Ids:
-        return take(np.lexsort((view.start, -view.layer, view.used)), view.ids, n)
+        return lowest((view.start, -view.layer, view.used), view.ids, n)

@@ -116,7 +116,7 @@ class Sim:
         books = self.accountant = Accountant(limits)
         policies = Policies(
             Traced(Window(s.sink_tokens), self.note),
-            Traced(by_name(EVICTION, s.eviction), self.note),
+            Traced(by_name(EVICTION, s.eviction_of_blocks), self.note),
             Traced(by_name(PREFETCH, s.prefetch), self.note),
             Traced(Watermark(s.dirty_limit), self.note),
         )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from alaya_tiers import AlayaError, Settings
 from alaya_tiers.config import format_bytes, parse_bytes
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.policies import EVICTION, PREFETCH, by_name
+from alaya_tiers.policies import EVICTION, GUESS, PREFETCH, by_name
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_settings_from_a_file(tmp_path: Path) -> None:
 
 
 def test_policies_by_name() -> None:
-    for known in (EVICTION, PREFETCH):
+    for known in (EVICTION, PREFETCH, GUESS):
         for name, policy in known.items():
             assert by_name(known, name) == policy()
-    with pytest.raises(ConfigError, match="known are lru, scan"):
+    with pytest.raises(ConfigError, match="known are cost, heat, lru, s3fifo, scan"):
         by_name(EVICTION, "fifo")
     assert issubclass(ConfigError, AlayaError)

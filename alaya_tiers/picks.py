@@ -1,0 +1,115 @@
+"""Single pages of cold blocks for one attention, and what the next layer may want of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+
+from alaya_tiers.blocks import PAGE
+from alaya_tiers.engine import Engine
+from alaya_tiers.layer import Layer, Row
+from alaya_tiers.ledger import Ids
+from alaya_tiers.pages import Pages, Taken
+from alaya_tiers.policies import GuessView
+
+Columns = npt.NDArray[np.intp]
+
+
+class Picks:
+    """Pages of blocks, pinned from ``start`` to ``close``."""
+
+    def __init__(self, engine: Engine, pages: Pages, taken: Taken, blocks: Ids) -> None:
+        self._engine, self._pages, self._taken, self._blocks = engine, pages, taken, blocks
+
+    @classmethod
+    def start(cls, engine: Engine, names: Ids) -> Picks | None:
+        """Have pages here or on their way; None when their blocks had better be read whole. Raises SessionClosed.
+
+        names: int64 [n], ascending, all different, of pages of blocks that somebody holds.
+        """
+        pages, mover = engine.pages, engine.mover
+        if pages is None or not names.size:
+            return None
+        blocks = np.unique(names // pages.per)
+        with mover.lock:
+            mover.hold()
+            if not mover.pageable(blocks).all():
+                return None
+            mover.ledger.pin(blocks)
+            taken = pages.take(names)
+            if taken is None:
+                mover.give_back(mover.ledger.unpin(blocks))
+                return None
+        late = taken.late * PAGE
+        engine.touched.waited += late
+        engine.touched.host += names.size * PAGE - late
+        return cls(engine, pages, taken, blocks)
+
+    def __iter__(self) -> Iterator[tuple[Columns, npt.NDArray[np.int64]]]:
+        """What is here, then what was read: (which of the names, where they lie). Raises StoreError."""
+        taken = self._taken
+        if taken.here.any():
+            columns = np.flatnonzero(taken.here)
+            yield columns, self._pages.addresses(taken.slots[columns])
+        if not taken.here.all():
+            for future in taken.reading:
+                self._engine.wait_for(future)
+            columns = np.flatnonzero(~taken.here)
+            yield columns, self._pages.addresses(taken.slots[columns])
+
+    def close(self) -> None:
+        """Let go of all; reads that are under way are waited for."""
+        for future in self._taken.reading:
+            future.exception()
+        mover = self._engine.mover
+        with mover.lock:
+            self._pages.give(self._taken)
+            mover.give_back(mover.ledger.unpin(self._blocks))
+            wake = mover.waited_for
+        if wake:
+            self._engine.notify()
+
+
+def pageable(state: Layer, blocks: Ids) -> npt.NDArray[np.bool_]:
+    """Which blocks can be picked from page by page: cold ones, of rows that do not straddle pages. bool [n]."""
+    engine = state.engine
+    if engine.pages is None or PAGE % state.shape.geometry.row_bytes:
+        return np.zeros(blocks.size, bool)
+    with engine.mover.lock:
+        return engine.mover.pageable(blocks)
+
+
+def ahead(before: Row, state: Layer, row: Row) -> None:
+    """Tell what layer ``state`` may want next: it comes after the one that picked ``before.picked``."""
+    engine = state.engine
+    pages = engine.pages
+    if pages is None or not row.runs or before.picked is None or not (sources := pages.sources()):
+        return
+    view = partial(_view, pages, engine, sources, state, row, before.picked, row.picked)
+    engine.on_loop(partial(pages.suggest, view))
+
+
+def _view(
+    pages: Pages, engine: Engine, sources: tuple[str, ...], state: Layer, row: Row, here: Ids, last: Ids | None
+) -> GuessView:
+    """What suggests itself. here: what the layer before picked in this step; last: this layer, in its last."""
+    none, per, book = np.empty(0, np.int64), pages.per, engine.mover.ledger
+    found, known = dict.fromkeys(("last", "beside", "across", "hot"), none), none if last is None else last
+    last_page = state.shape.nbytes // PAGE - 1
+    if "last" in sources:
+        found["last"] = pages.absent(known)
+    if "beside" in sources:
+        around = np.concatenate([known[known % per < last_page] + 1, known[known % per > 0] - 1])
+        found["beside"] = pages.absent(np.unique(around))
+    if "across" in sources:
+        blocks, page = np.divmod(here, per)
+        run = book.start[blocks] // state.shape.tokens
+        fits = (run < row.runs) & (page <= last_page) & (book.head[blocks] < state.shape.geometry.kv_heads)
+        same = (row.first[run[fits]] + book.head[blocks[fits]]) * per + page[fits]
+        found["across"] = pages.absent(np.unique(same))
+    if "hot" in sources:
+        found["hot"] = pages.absent(pages.of_blocks(np.unique(known // per)))
+    return GuessView(**found, precision=pages.precision, room=pages.room_ahead)

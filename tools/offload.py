@@ -1,0 +1,297 @@
+"""``alaya-tiers bench offload``: sparse decoding where the KV is many times the host budget, on SSD.
+
+Attention of a few layers without a model, over the heads of ``bench attention`` with queries that drift: a step's query
+is the last one's, turned. Against the same with everything in memory, against reading all KV from the disk every step,
+and policy by policy. O_DIRECT where the file system can: the page cache does not help.
+"""
+
+import itertools
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import psutil
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from alaya_tiers.blocks import PAGE
+from alaya_tiers.cache import Session, Visible
+from alaya_tiers.config import Settings, format_bytes
+from alaya_tiers.engine import Engine
+from alaya_tiers.errors import ConfigError
+from alaya_tiers.seams import SystemDisk
+from alaya_tiers.tools import machine
+from alaya_tiers.tools.baselines import DTYPES, parse_contexts
+from alaya_tiers.tools.bench import one_line_errors
+from alaya_tiers.tools.heads import CHUNK, HEADS, Heads
+from alaya_tiers.tools.heads import Plan as HeadsPlan
+from alaya_tiers.tools.machine import Bandwidth, CpuUse
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to measure. times: KV bytes over the host budget; drift: share of a query that is the last step's.
+
+    ways: of eviction and guess policies, each tried on the same steps. Raises ConfigError.
+    """
+
+    tokens: int = 128 << 10
+    times: float = 8.0
+    kind: str = "sharp"
+    drift: float = 0.95
+    ways: tuple[tuple[str, str], ...] = (("heat", "none"), ("heat", "confident"))
+    heads: HeadsPlan = field(default_factory=HeadsPlan)
+    steps: int = 30
+    warm: int = 20
+    compute: float = 0.0
+    in_memory: bool = True
+    path: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in HEADS:
+            raise ConfigError(f"kind {self.kind!r} is not known; choose one of {', '.join(HEADS)}")
+        if not 0 <= self.drift <= 1 or self.times <= 0 or self.compute < 0 or min(self.tokens, self.steps) < 1:
+            raise ConfigError("drift is between 0 and 1; times, tokens and steps are positive")
+
+    @property
+    def kv_bytes(self) -> int:
+        """All KV."""
+        return self.tokens * self.heads.token_bytes
+
+
+@dataclass(slots=True)
+class Way:
+    """One way to do it: seconds of each step, and per step what was read and found."""
+
+    name: str
+    times: list[float]
+    waited: float
+    read_bytes: float
+    selected: float
+    mass: float
+    pages: dict[str, Any]
+
+    @property
+    def median(self) -> float:
+        """Seconds a step."""
+        return statistics.median(self.times)
+
+
+@dataclass(slots=True)
+class Found:
+    """All that was measured. page_rate: pages a second that the disk itself gives, read singly."""
+
+    plan: Plan
+    machine: dict[str, Any]
+    disk: Bandwidth
+    page_rate: float
+    host_budget: int
+    index_bytes: int = 0
+    peak_rss: int = 0
+    budgets: int = 0
+    cpu_of_others: float = 0.0
+    in_memory: Way | None = None
+    ways: list[Way] = field(default_factory=list)
+
+    @property
+    def read_all(self) -> float:
+        """Seconds to read all KV from the disk once, at its best."""
+        return self.plan.kv_bytes / self.disk.best
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        facts = asdict(self) | {"benchmark": "offload", "read_all_seconds": self.read_all, "disk": self.disk.as_dict()}
+        facts["plan"]["path"] = None
+        return facts
+
+
+class Queries:
+    """[layers, 1, query_heads, 1, dim] for each step, one drifting into the next."""
+
+    def __init__(self, plan: Plan, heads: Heads) -> None:
+        self._heads, self._std, self._drift = heads, HEADS[plan.kind], plan.drift
+        self._last: Tensor | None = None
+
+    def at(self, step: int) -> Tensor:
+        """Steps are asked for in order, from 0."""
+        new = self._heads.queries(step, self._std).float()
+        if step and self._last is not None:
+            new = self._drift * self._last + math.sqrt(1 - self._drift**2) * new
+        self._last = new
+        return new.to(DTYPES[self._heads.plan.dtype])
+
+
+def run(plan: Plan, say: Say = lambda text: None) -> Found:
+    """Measure everything. Raises AlayaError."""
+    began, heads = CpuUse.now(), Heads(plan.heads)
+    host = int(plan.kv_bytes / plan.times)
+    say("the disk itself")
+    directory = plan.path or Path.cwd()
+    with machine.disk_file(directory, min(1 << 30, max(64 << 20, plan.kv_bytes))) as file:
+        disk, pages = machine.disk_bandwidth(file, min(512 << 20, file.nbytes)), _page_rate(file)
+    found = Found(plan, machine.describe(), disk, pages, host)
+    if plan.in_memory:
+        roomy = {"device_budget": plan.kv_bytes + (64 << 20), "host_budget": 64 << 20}
+        found.in_memory = _measured(plan, heads, found, "in memory", roomy, say)
+    for eviction, guess in plan.ways:
+        tight = {"device_budget": max(16 << 20, host // 8), "host_budget": host, "eviction": eviction, "guess": guess}
+        found.ways.append(_measured(plan, heads, found, f"{eviction}, {guess}", tight, say))
+    found.cpu_of_others = CpuUse.now().others_since(began)
+    return found
+
+
+def _measured(plan: Plan, heads: Heads, found: Found, name: str, changes: dict[str, Any], say: Say) -> Way:
+    settings = Settings(
+        mode="sparse", alpha=plan.heads.alpha, index_bits=plan.heads.bits, index_sure=plan.heads.sure,
+        most_selected=plan.heads.most, index_budget=None, **changes,
+    )  # fmt: skip
+    engine = Engine(settings, None if plan.path is None else str(plan.path / f"offload-{name.replace(', ', '-')}"))
+    try:
+        session = Session(engine)
+        for layer in range(plan.heads.layers):
+            for start in range(0, plan.tokens, CHUNK):
+                say(f"{name}: filling layer {layer + 1}, {start:,} tokens")
+                session.update(layer, *heads.chunk(layer, start, min(CHUNK, plan.tokens - start)))
+        session.build_index(lambda done, of: say(f"{name}: index {done} of {of}"))
+        way = _steps(plan, heads, session, name, say)
+        found.index_bytes = engine.used_bytes("index")
+        if name != "in memory":
+            found.peak_rss = max(found.peak_rss, psutil.Process().memory_info().rss)
+            found.budgets = settings.device_budget + settings.host_budget + found.index_bytes
+        return way
+    finally:
+        engine.close()
+
+
+def _steps(plan: Plan, heads: Heads, session: Session, name: str, say: Say) -> Way:
+    engine, queries, times = session.engine, Queries(plan, heads), []
+    visible = [Visible.all(plan.tokens, 1)]
+    for step in range(plan.warm + plan.steps):
+        say(f"{name}: step {step + 1} of {plan.warm + plan.steps}")
+        if step == plan.warm:
+            before = session.stats()
+            assert engine.sparse is not None
+            engine.sparse = type(engine.sparse)()
+        q = queries.at(step)
+        took = 0.0
+        for layer in range(plan.heads.layers):
+            began = time.perf_counter()
+            session.attention(layer, q[layer], visible, plan.heads.head_dim**-0.5)
+            took += time.perf_counter() - began
+            if plan.compute:
+                time.sleep(plan.compute)
+        times.append(took)
+    after = session.stats()
+    n, use = plan.steps, after.sparse
+    assert use is not None
+    assert after.pages is not None
+    assert before.pages is not None
+    pages = after.pages.since(before.pages).as_dict()
+    return Way(
+        name, times[plan.warm :], (after.waited_seconds - before.waited_seconds) / n,
+        (after.read_bytes - before.read_bytes) / n, use.attended / max(1, use.visible),
+        use.recovered / max(1, use.steps), pages,
+    )  # fmt: skip
+
+
+def _page_rate(file: machine.DiskFile, n: int = 8192) -> float:
+    """Pages a second, read at random, many under way at once."""
+    handle, disk = file.open(os.O_RDONLY), SystemDisk()
+    try:
+        rng, best = np.random.default_rng(0), 0.0
+        memory = torch.empty((n + 1) * PAGE, dtype=torch.uint8)
+        start = -memory.data_ptr() % PAGE + memory.data_ptr()
+        for _ in range(3):
+            at = np.sort(rng.choice(file.nbytes // PAGE, min(n, file.nbytes // PAGE), replace=False)) * PAGE
+            k = at.size
+            began = time.perf_counter()
+            disk.read_pages(np.full(k, handle, np.int32), at, np.arange(k + 1), start + np.arange(k) * PAGE, PAGE)
+            best = max(best, k / (time.perf_counter() - began))
+        return best
+    finally:
+        os.close(handle)
+
+
+def table(found: Found) -> Table:
+    """What was found, for people."""
+    p, m = found.plan, found.machine
+    made = Table(
+        title=f"{p.tokens:,} tokens, {format_bytes(p.kv_bytes)} of KV in {p.heads.layers} layers, host budget "
+        f"{format_bytes(found.host_budget)}; {p.kind} heads, drift {p.drift}",
+        title_justify="left",
+    )
+    columns = ("", "ms a step", "waited ms", "MiB read", "of RAM", "x read all", "attended", "mass", "hits")
+    for name in (*columns, "precision", "recall", "lead ms", "amplified"):
+        made.add_column(name, justify="right")
+    ram = found.in_memory
+    for way in [*([] if ram is None else [ram]), *found.ways]:
+        u = way.pages
+        share = "" if ram is None else f"{ram.median / way.median:.2f}"
+        guessed, used = sum(u["guessed"].values()), sum(u["used"].values())
+        made.add_row(
+            way.name, f"{way.median * 1e3:.1f}", f"{way.waited * 1e3:.1f}", f"{way.read_bytes / 2**20:.1f}", share,
+            f"{found.read_all / way.median:.1f}", f"{way.selected:.2%}", f"{way.mass:.3f}", f"{u['hit_rate']:.3f}",
+            f"{used / guessed:.2f}" if guessed else "", f"{u['recall']:.2f}" if guessed else "",
+            f"{u['mean_lead_seconds'] * 1e3:.0f}" if guessed else "", f"{u['read_amplification']:.1f}",
+        )  # fmt: skip
+    made.caption = (
+        f"disk {found.disk.best / 1e6:.0f} MB/s in sequence, {found.page_rate:,.0f} pages of 4 KiB a second; reading "
+        f"all KV takes {found.read_all * 1e3:.0f} ms. Index {format_bytes(found.index_bytes)}. Peak RSS "
+        f"{format_bytes(found.peak_rss)}, budgets and index {format_bytes(found.budgets)}. {m['cpu']}, {m['cores']} "
+        f"cores; others took {found.cpu_of_others:.0%} of the cores."
+    )
+    return made
+
+
+def command(
+    context: Annotated[str, typer.Option(help="Tokens.")] = "128K",
+    times: Annotated[float, typer.Option(help="KV bytes over the host budget.")] = 8.0,
+    kind: Annotated[str, typer.Option(help="Of heads: sharp, medium or diffuse.")] = "sharp",
+    drift: Annotated[float, typer.Option(help="Share of a query that is the last step's: 0 forgets, 1 stands.")] = 0.95,
+    alpha: Annotated[float, typer.Option(help="Keys with this share of the largest weight are attended.")] = 0.001,
+    eviction: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "heat",
+    guess: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "none,confident",
+    compute: Annotated[float, typer.Option(help="Milliseconds between two layers' attention, as of a model.")] = 0.0,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    bits: Annotated[int, typer.Option(help="Of a coded number: 4 or 8.")] = 8,
+    layers: int = 4,
+    kv_heads: int = 4,
+    group: int = 4,
+    head_dim: int = 64,
+    steps: Annotated[int, typer.Option(help="Steps measured.")] = 30,
+    warm: Annotated[int, typer.Option(help="Steps before.")] = 20,
+    in_memory: Annotated[bool, typer.Option(help="Also measure with everything in memory.")] = True,
+    path: Annotated[Path | None, typer.Option(help="Directory on the disk to measure.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
+    quick: Annotated[bool, typer.Option(help="Shows that it runs, measures nothing.")] = False,
+) -> None:
+    """Sparse decoding with most KV on SSD. Example: alaya-tiers bench offload --guess none,last,beside,across,hot"""
+    errors = Console(stderr=True)
+    with one_line_errors(errors):
+        ways = tuple(itertools.product(eviction.split(","), guess.split(",")))
+        plan = Plan(
+            tokens=2048 if quick else parse_contexts(context)[0], times=times, kind=kind, drift=drift, ways=ways,
+            heads=HeadsPlan(
+                layers=layers, kv_heads=kv_heads, group=group, head_dim=head_dim, dtype=dtype, alpha=alpha, bits=bits
+            ),
+            steps=2 if quick else steps, warm=1 if quick else warm, compute=compute / 1e3, in_memory=in_memory,
+            path=path,
+        )  # fmt: skip
+        with errors.status("disk") as status:
+            found = run(plan, status.update)
+    Console(file=sys.stdout).print(table(found))
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
