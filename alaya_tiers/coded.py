@@ -7,7 +7,7 @@ segments/NAME/index    one line: magic, sha256 and length of the header
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +18,9 @@ from alaya_tiers.seams import Disk
 
 MAGIC = b"alaya-index-1"
 MOST_HEADER = 64 << 20
+TOGETHER = 1 << 20
+"""Bytes of codes read at a time."""
+
 _FIRST_LINE = 128
 _MOST_RUN = 1 << 30
 """Bytes of the codes of one run; a header that speaks of more is not believed."""
@@ -77,6 +80,18 @@ def run_of(disk: Disk, handle: int, codes: LayerCodes, run: int) -> bytearray | 
     return buffer if xxhash.xxh3_64_intdigest(buffer) == codes.digests[run] else None
 
 
+def runs_of(disk: Disk, handle: int, codes: LayerCodes, runs: list[int]) -> Iterator[tuple[int, memoryview | None]]:
+    """The same of several runs, ascending: neighbours are read together. What cannot be read is None."""
+    for group in _neighbours(runs, max(1, TOGETHER // codes.nbytes)):
+        try:
+            found = memoryview(take(disk, handle, codes.offset + group[0] * codes.nbytes, len(group) * codes.nbytes))
+        except OSError:
+            found = memoryview(b"")
+        for i, run in enumerate(group):
+            part = found[i * codes.nbytes : (i + 1) * codes.nbytes]
+            yield run, part if xxhash.xxh3_64_intdigest(part) == codes.digests[run] else None
+
+
 def problem_of(disk: Disk, path: str, record: str) -> str | None:
     """What is wrong with the codes of the segment whose record has this digest; None if nothing, or there are none."""
     try:
@@ -110,6 +125,18 @@ def take(disk: Disk, handle: int, offset: int, n: int) -> bytearray:
             break
         found += memoryview(piece)[:got]
     return found
+
+
+def _neighbours(runs: list[int], most: int) -> Iterator[list[int]]:
+    """Numbers that follow each other, at most so many together."""
+    group: list[int] = []
+    for run in runs:
+        if group and (run != group[-1] + 1 or len(group) == most):
+            yield group
+            group = []
+        group.append(run)
+    if group:
+        yield group
 
 
 def _data_at(header: int) -> int:

@@ -16,7 +16,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from alaya_tiers.coded import LayerCodes, encoded, header_of, run_of
+from alaya_tiers.coded import LayerCodes, encoded, header_of, runs_of
 from alaya_tiers.partitions import Partitions, Source
 from alaya_tiers.seams import Disk
 
@@ -39,17 +39,13 @@ class IndexFile(Source):
             yield from ((run, None) for run in runs)
             return
         try:
-            for run in runs:
-                yield run, self._read(handle, codes, run)
+            for run, found in runs_of(self._disk, handle, codes, runs):
+                yield (
+                    run,
+                    None if found is None else torch.frombuffer(found, dtype=torch.uint8).view(codes.kv_heads, -1),
+                )
         finally:
             self._disk.close(handle)
-
-    def _read(self, handle: int, codes: LayerCodes, run: int) -> Tensor | None:
-        with contextlib.suppress(OSError):
-            buffer = run_of(self._disk, handle, codes, run)
-            if buffer is not None:
-                return torch.frombuffer(buffer, dtype=torch.uint8).view(codes.kv_heads, -1)
-        return None
 
 
 def save(

@@ -18,6 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from alaya_tiers import kernel
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.config import Settings
 from alaya_tiers.index.codes import MOST_DIMS, Layout, Scratch, encode
@@ -223,8 +224,9 @@ class Partitions:
 
     def _fill(self, slots: npt.NDArray[np.int32], coded: Tensor, layout: Layout) -> None:
         assert self._arena is not None
-        for slot, one in zip(slots.tolist(), coded, strict=True):
-            self._arena.tensor(slot)[: layout.nbytes] = one
+        coded = coded.contiguous()
+        source = coded.data_ptr() + np.arange(len(slots)) * layout.nbytes
+        kernel.copy(source, self._arena.addresses(slots), np.full(len(slots), layout.nbytes), None)
 
     def close(self) -> None:
         """Stop after the blocks at hand; free all codes. Twice is fine."""

@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import xxhash
 
+from alaya_tiers import coded
 from alaya_tiers.errors import IOFailed, StoreCorrupt
+from alaya_tiers.index.codes import Layout
 from alaya_tiers.seams import SystemDisk
 from alaya_tiers.testing import Fault, SimDisk
 from tests.test_ssd import HEADS, RUNS, Stored, disk
@@ -75,3 +78,33 @@ def test_a_file_that_ends_early_is_said_to(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: int(stored.offsets[APART[-1]]) + 5])
     with pytest.raises(StoreCorrupt, match="ends before"):
         read_blocks(stored, APART)
+
+
+def test_codes_that_are_neighbours_are_read_together_and_bad_ones_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = Layout(64, 8, 8, 8)
+    data = np.random.default_rng(0).integers(0, 256, (10, 2 * layout.nbytes), np.uint8)
+    digests = tuple(xxhash.xxh3_64_intdigest(run.tobytes()) for run in data)
+    codes = coded.LayerCodes(layout, 2, 0, digests)
+    damaged = data.copy()
+    damaged[6, 3] ^= 1
+    (tmp_path / "codes").write_bytes(damaged.tobytes()[: 9 * codes.nbytes + 5])
+    monkeypatch.setattr(coded, "TOGETHER", 3 * codes.nbytes)
+    disk = SystemDisk()
+    handle, sizes, take = disk.open(str(tmp_path / "codes"), create=False, direct=False), list[int](), coded.take
+
+    def noted(disk: Any, handle: int, offset: int, n: int) -> bytearray:
+        sizes.append(n // codes.nbytes)
+        return take(disk, handle, offset, n)
+
+    monkeypatch.setattr(coded, "take", noted)
+    try:
+        found = {
+            run: None if part is None else bytes(part)
+            for run, part in coded.runs_of(disk, handle, codes, [0, 2, 3, 4, 5, 6, 9])
+        }
+    finally:
+        disk.close(handle)
+    assert sizes == [1, 3, 2, 1]
+    assert found == {run: None if run in (6, 9) else data[run].tobytes() for run in (0, 2, 3, 4, 5, 6, 9)}
