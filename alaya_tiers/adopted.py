@@ -9,12 +9,12 @@ import numpy.typing as npt
 import torch
 
 from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
+from alaya_tiers.commit import is_plain
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import StoreCorrupt, StoreMismatch
 from alaya_tiers.ledger import Ids
 from alaya_tiers.manifest import LayerBlocks, Segment
 from alaya_tiers.snapshot import Shelf
-from alaya_tiers.verify import is_plain
 
 Runs = npt.NDArray[np.int64]
 """The first block id of each run of blocks."""
@@ -47,7 +47,7 @@ class Adopted:
             return self._held[name]
         engine = self.engine
         for folder in segment.files:
-            if not is_plain(self.shelf.disk, self.shelf.path, folder):
+            if not is_plain(self.shelf.disk, self.shelf.path, os.path.join(folder, "c", "0", "0", "0")):
                 raise StoreCorrupt(errno.ELOOP, "a link leads out of the store and was not followed", folder)
         shapes = {}
         for number, layer in sorted(segment.layers.items()):

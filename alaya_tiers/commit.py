@@ -82,6 +82,8 @@ def finish(disk: Disk, root: str, manifest: Manifest) -> None:
 def load_segment(disk: Disk, root: str, manifest: Manifest, name: str) -> Segment:
     """The record of a segment. Raises StoreCorrupt."""
     path, entry = _record(root, name), manifest.segments[name]
+    if not is_plain(disk, root, os.path.join(SEGMENTS, name, "zarr.json")):
+        raise StoreCorrupt(errno.ELOOP, "a link leads to a segment's record and was not followed", path)
     data = _fetch(disk, path, "a segment's record cannot be read")
     if hashlib.sha256(data).hexdigest() != entry.digest:
         raise StoreCorrupt(errno.EIO, "a segment's record is damaged (wrong digest) and was not used", path)
@@ -89,6 +91,11 @@ def load_segment(disk: Disk, root: str, manifest: Manifest, name: str) -> Segmen
         return Segment.from_json(_ours(data, path), name, entry)
     except (ValueError, OverflowError) as error:
         raise StoreCorrupt(errno.EIO, f"a segment's record is damaged: {error}", path) from error
+
+
+def is_plain(disk: Disk, root: str, place: str) -> bool:
+    """Whether a file or folder is where it seems to be, ``place`` inside ``root``, reached through no link."""
+    return disk.resolve(os.path.join(root, place)) == os.path.join(disk.resolve(root), place)
 
 
 def load_manifest(disk: Disk, root: str) -> Manifest:
@@ -108,6 +115,8 @@ def newest(disk: Disk, root: str) -> int | None:
 def load_generation(disk: Disk, root: str, number: int) -> Manifest:
     """The manifest of a generation. Raises StoreCorrupt."""
     path = _generation(root, number)
+    if not is_plain(disk, root, os.path.join(GENERATIONS, str(number), "zarr.json")):
+        raise StoreCorrupt(errno.ELOOP, "a link leads to the manifest and was not followed", path)
     try:
         manifest = Manifest.from_json(_ours(_fetch(disk, path, "the manifest cannot be read"), path))
     except (ValueError, RecursionError, OverflowError) as error:

@@ -21,6 +21,7 @@ from alaya_tiers.commit import (
     SEGMENTS,
     Job,
     finish,
+    is_plain,
     load_generation,
     load_segment,
     newest,
@@ -72,7 +73,7 @@ class Examined(NamedTuple):
 def examine(disk: Disk, root: str, say: Say) -> Examined:
     """Everything that is wrong with a store. say: told how many segments are done, of how many.
 
-    Raises StoreFormat: not a store, or of another version than this one reads.
+    Raises StoreFormat: not a store, or of another version than this one reads; StoreCorrupt: a link leads out of it.
     """
     shelf, damage = Shelf(root, None, disk), list[Damage]()
     try:
@@ -81,6 +82,8 @@ def examine(disk: Disk, root: str, say: Say) -> Examined:
         if "zarr.json" in disk.names(root) and not is_group(disk.fetch(path, MOST_BYTES)):
             damage.append(Damage((), path, "the group's metadata is damaged", "metadata"))
     except StoreCorrupt as error:
+        if error.errno == errno.ELOOP:
+            raise  # beyond a link nothing is ours, to be read or mended
         damage.append(Damage((), str(error.filename), str(error.strerror), "format"))
     manifest, counts = Manifest(), True
     for number in sorted(numbers(disk, root), reverse=True)[: KEPT + 1]:
@@ -129,8 +132,10 @@ def repair(disk: Disk, root: str, found: Examined) -> None:
         if folder in manifest.files:
             write_array(disk, root, root, folder, segments.values(), manifest)
     for one in found.damage:
-        if one.kind in ("index", "leftover", "manifest"):
+        if one.kind == "index":
             disk.remove(one.path)
+        elif one.kind in ("leftover", "manifest"):  # the folder, or the link that is there instead, with all in it
+            disk.remove(os.path.dirname(one.path))
     for path in list(leftovers(disk, root, manifest, {})):
         with contextlib.suppress(OSError):
             disk.remove(path)
@@ -239,6 +244,8 @@ def _follows(segment: Segment, base: Manifest, entries: dict[str, Entry]) -> boo
 
 def _entry(disk: Disk, root: str, name: str) -> tuple[Entry, Segment] | None:
     """What a record says of itself, if it is the one of its name."""
+    if not is_plain(disk, root, os.path.join(SEGMENTS, name, "zarr.json")):
+        return None
     try:
         data = disk.fetch(os.path.join(root, SEGMENTS, name, "zarr.json"), MOST_BYTES)
         entry, segment = Segment.unlisted(attributes_of(data)["alaya_tiers"], name)

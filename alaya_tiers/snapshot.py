@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from alaya_tiers.commit import GENERATIONS, SEGMENTS, lease, load_generation, load_segment, newest
+from alaya_tiers.commit import GENERATIONS, SEGMENTS, is_plain, lease, load_generation, load_segment, newest
 from alaya_tiers.damage import Place, needing, usable
 from alaya_tiers.errors import StoreCorrupt, StoreFormat, StoreLocked, StoreMismatch
 from alaya_tiers.leftovers import LEFT, is_session
@@ -101,6 +101,13 @@ class Shelf:
     def check(self) -> None:
         """Raises StoreFormat, StoreMismatch, StoreCorrupt: what this is."""
         root, names = os.path.join(self.path, "zarr.json"), self._disk.names(self.path)
+        for name in names:  # what is not ours in these folders is removed, and must not be somebody else's
+            if not is_plain(self._disk, self.path, name):
+                raise StoreCorrupt(
+                    errno.ELOOP,
+                    "a link leads out of the store and was not followed; nothing was touched",
+                    os.path.join(self.path, name),
+                )
         if "zarr.json" not in names:
             if foreign := [n for n in names if not is_session(n) and n not in (GENERATIONS, SEGMENTS, *LEFT)]:
                 raise StoreFormat(

@@ -11,7 +11,7 @@ import torch
 from alaya_tiers import digest
 from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
 from alaya_tiers.coded import problem_of
-from alaya_tiers.commit import GENERATIONS, SEGMENTS, load_segment
+from alaya_tiers.commit import GENERATIONS, SEGMENTS, is_plain, load_segment
 from alaya_tiers.errors import StoreCorrupt
 from alaya_tiers.manifest import MOST_BYTES, LayerBlocks, Manifest, Segment
 from alaya_tiers.seams import Disk
@@ -88,7 +88,7 @@ def flaws(disk: Disk, root: str, segment: Segment, tokens: int, *, blocks_only: 
         for place, folder in enumerate(layer.files):
             path = f"{root}/{folder}/c/0/0/0"
             here = np.flatnonzero(layer.where == place).tolist()
-            if not is_plain(disk, root, folder):
+            if not is_plain(disk, root, f"{folder}/c/0/0/0"):
                 yield Flaw(path, "a link leads out of the store and was not followed", "blocks", min(here, default=0))
                 continue
             try:
@@ -97,11 +97,6 @@ def flaws(disk: Disk, root: str, segment: Segment, tokens: int, *, blocks_only: 
                 yield Flaw(path, f"cannot be read: {error.strerror}", "blocks", min(here, default=0))
             if not blocks_only:
                 yield from _metadata(disk, f"{root}/{folder}/zarr.json", segment, layer, place, shape, tokens, number)
-
-
-def is_plain(disk: Disk, root: str, folder: str) -> bool:
-    """Whether the array in a folder is where it seems to be, reached through no link."""
-    return disk.resolve(f"{root}/{folder}/c/0/0/0") == f"{disk.resolve(root)}/{folder}/c/0/0/0"
 
 
 def is_group(data: bytes) -> bool:
