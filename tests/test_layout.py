@@ -86,7 +86,7 @@ class TestTree:
             if not name.startswith("_") and not isinstance(value, types.ModuleType) and name != "annotations"
         }
         assert {name for name in names if not name.startswith("_")} == public
-        assert len(names) <= 12
+        assert len(names) <= 14
 
     @pytest.mark.slow
     def test_importing_has_no_side_effects(self, root: Path) -> None:
