@@ -119,6 +119,13 @@ def _lines(stats: Stats, read_rate: float, write_rate: float) -> Table:
             f"attended {sparse.attended / max(1, sparse.visible):.2%} of the tokens, "
             f"{sparse.recovered / sparse.steps:.1%} of the mass, {sparse.least:.1%} at least",
         )
+    if (pages := stats.pages) is not None and pages.wanted:
+        guesses = ", ".join(f"{name} {share:.0%}" for name, share in pages.precision.items())
+        table.add_row(
+            "single pages",
+            f"{1 - pages.missed / pages.wanted:.1%} were there; read ahead: {pages.recall:.0%} of the others"
+            + (f", right: {guesses}" if guesses else ""),
+        )
     if tpot.count:
         words = f" median {_time(tpot.quantile(0.5))}, p90 {_time(tpot.quantile(0.9))}, {tpot.count:,} tokens"
         table.add_row("time per token", Text.assemble((curve(tpot), "green"), words))

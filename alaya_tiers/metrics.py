@@ -31,7 +31,7 @@ class Metrics:
             raise ConfigError(
                 "metrics need the Prometheus client: pip install 'alaya-tiers[metrics]' or prometheus-client"
             ) from error
-        if taken := {"tier", "found", "queue"} & labels.keys():
+        if taken := {"tier", "found", "queue", "guess"} & labels.keys():
             raise ConfigError(f"the label {taken.pop()!r} is used by the metrics themselves; choose another name")
         self._source = weakref.ref(source)
         self._labels = labels
@@ -45,6 +45,7 @@ class Metrics:
         yield from self._tiers(stats)
         yield from self._counters(stats)
         yield from self._ratios(stats)
+        yield from self._pages(stats)
         yield self._tpot(stats)
 
     def _tiers(self, stats: Stats) -> Iterator[Any]:
@@ -88,6 +89,17 @@ class Metrics:
             yield self._gauge("recovered_mass_ratio", text, None, {"": sparse.recovered / sparse.steps})
             text = "tokens attended of those visible"
             yield self._gauge("attended_ratio", text, None, {"": sparse.attended / max(1, sparse.visible)})
+
+    def _pages(self, stats: Stats) -> Iterator[Any]:
+        """Single pages of cold blocks, where they are read."""
+        if (pages := stats.pages) is None:
+            return
+        for name in ("wanted", "missed", "evicted", "wasted"):
+            yield self._counter(f"pages_{name}", "single pages of cold blocks", None, {"": getattr(pages, name)})
+        for name, by in (("guessed", pages.guessed), ("used", pages.used)):
+            yield self._counter(f"pages_{name}", "pages read ahead, by what suggested them", "guess", dict(by))
+        yield self._counter("pages_lead_seconds", "how long before they were wanted", None, {"": pages.lead_seconds})
+        yield self._counter("pages_in_time", "pages read ahead that were there in time", None, {"": pages.in_time})
 
     def _tpot(self, stats: Stats) -> Any:
         histogram = stats.steps.decoding

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alaya_tiers.blocks import PAGE
-from alaya_tiers.errors import AlayaError
+from alaya_tiers.errors import AlayaError, SessionClosed
 from alaya_tiers.ledger import Ids
 from alaya_tiers.mover import Mover
 from alaya_tiers.policies import SOURCES, EvictionPolicy, EvictionView, Guess, GuessPolicy, GuessView
@@ -258,7 +258,13 @@ class Pages:
                         self._unproved += some.size
                         self.use.guessed[guess.source] = self.use.guessed.get(guess.source, 0) + some.size
                         mover.traffic.read_ahead_bytes += some.size * PAGE
-                        future = self._start(some, slots)
+                        try:
+                            future = self._start(some, slots)
+                        except SessionClosed:  # the loop takes no more work: the cache is about to close
+                            mover.give_back(mover.ledger.unpin(blocks))
+                            self._coming[slots] = False
+                            self._orphan(slots)
+                            return
                     try:
                         await asyncio.wrap_future(future)
                     except AlayaError:

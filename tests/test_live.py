@@ -16,7 +16,7 @@ from alaya_tiers.errors import ConfigError
 from alaya_tiers.live import Screen, curve, live
 from alaya_tiers.metrics import Metrics
 from alaya_tiers.pace import BOUNDS, PREFILL, Histogram, Meter, Steps
-from alaya_tiers.stats import Queues, SparseUse, Stats, TierUse, Touched
+from alaya_tiers.stats import PageUse, Queues, SparseUse, Stats, TierUse, Touched
 from tests.tiny import prompt, small_cache, tiny
 
 MIB = 1 << 20
@@ -60,6 +60,7 @@ def numbers() -> Stats:
         gathered_bytes=0,
         direct_io=True,
         sparse=SparseUse(steps=10, attended=20, visible=1000, recovered=9.7, least=0.81),
+        pages=PageUse(200, 20, guessed={"last": 50, "hot": 10}, used={"last": 40}, in_time=4, lead_seconds=2),
         stalls=3,
         stalled_seconds=0.5,
         queues=Queues(reading=2 * MIB, writing=3 * MIB, dirty=5 * MIB, waiting=2),
@@ -135,7 +136,7 @@ class TestScreen:
             "12,345 tokens", "100.0 MiB", "no limit", "50.0%", "hit rate 90.0%", "IO hidden 60.0%",
             "30 B, 50.0% of it was asked for", "2.0 MiB being read", "5.0 MiB to be written; 2 waiting",
             "1.50 s, of which 0.50 s in 3 stalls", "attended 2.00%", "97.0% of the mass, 81.0% at least", "4 tokens",
-            "500 tokens/s",
+            "500 tokens/s", "90.0% were there; read ahead: 67% of the others, right: last 80%, hot 0%",
         ):  # fmt: skip
             assert words in text, words
         assert len(text.splitlines()) < 20
@@ -197,6 +198,8 @@ class TestMetrics:
         assert one(found["alaya_tiers_prefetch_precision_ratio"], cache="chat") == pytest.approx(0.5)
         assert one(found["alaya_tiers_recovered_mass_ratio"], cache="chat") == pytest.approx(0.97)
         assert one(found["alaya_tiers_stalls_total"], cache="chat") == 3
+        assert one(found["alaya_tiers_pages_missed_total"], cache="chat") == 20
+        assert one(found["alaya_tiers_pages_used_total"], cache="chat", guess="last") == 40
         buckets = found["alaya_tiers_time_per_token_seconds_bucket"]
         assert one(buckets, cache="chat", le="0.01") == 0
         assert one(buckets, cache="chat", le="0.02") == 2
