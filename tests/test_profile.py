@@ -99,3 +99,16 @@ def test_toml_is_read_as_it_was_written() -> None:
     assert tomllib.loads(toml.text(tables, "two\nlines")) == tables
     assert tomllib.loads(toml.text({"a": {"gone": None, "here": 1}})) == {"a": {"here": 1}}
     assert asdict(KNOWN)["ssd"][0]["size"] == 16 << 10
+
+
+def test_machines_nobody_here_has_can_be_planned_with(tmp_path: Path) -> None:
+    trace = tmp_path / "t.jsonl"
+    trace.write_text(chat(0, 600, [0, 1]) + "\n")
+    words = ("simulate", str(trace), "--policy", "lru", "--json", "--machine")
+    machine = json.loads(call(*words, "h100-80+object-store").stdout)["runs"][0]["machine"]
+    assert (machine["flops"], machine["ssd_read"], machine["ssd"]) == (400e12, 1.2e9, 64 << 40)
+    assert "known are" in call(*words, "h100-80+tape").stderr
+    plan = ("plan", "--model", "llama-3.2-1b", "--context", "1M", "--host-memory", "16GiB", "--ssd", "1TiB", "--json")
+    seconds = {name: json.loads(call(*plan, "--what-if", name).stdout)["tpot"] for name in ("gen5-ssd", "object-store")}
+    assert seconds["gen5-ssd"] < json.loads(call(*plan).stdout)["tpot"] < seconds["object-store"]
+    assert "no profile 'tape'" in call(*plan, "--what-if", "tape").stderr

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from alaya_tiers.config import Settings, format_bytes, parse_bytes
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import profile, toml
+from alaya_tiers.tools import catalog, profile, toml
 from alaya_tiers.tools.baselines import parse_contexts
 from alaya_tiers.tools.costs import CODE_SHARE, DTYPES, Costs
 from alaya_tiers.tools.profile import Profile
@@ -186,6 +186,9 @@ def command(
         typer.Option("--profile", help="By [bold]alaya-tiers profile[/bold]; else a typical machine's rates."),
     ] = None,
     any_machine: Annotated[bool, typer.Option("--any-machine", help="The profile may be another machine's.")] = False,
+    what_if: Annotated[
+        str | None, typer.Option(help=f"Instead of a profile: {', '.join(catalog.PROFILES)}.", show_default=False)
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the settings as TOML.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON on stdout.")] = False,
 ) -> None:
@@ -197,6 +200,7 @@ def command(
     if len(lengths) != 1 or lengths[0] < 1:
         raise ConfigError(f"the context is one number of tokens, e.g. 128K, not {context!r}")
     known = profile.TYPICAL if profile_file is None else profile.load(profile_file, any_machine=any_machine)
+    known = known if what_if is None else catalog.what_if(what_if)
     room = Room(parse_bytes(_plain(device_memory)), parse_bytes(_plain(host_memory)), parse_bytes(_plain(ssd)))
     found = plan(shape_of(model), lengths[0], room, known, mode)
     if output is not None and found.fits:
@@ -204,7 +208,7 @@ def command(
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
-        show(found, Console(), measured=profile_file is not None, output=output)
+        show(found, Console(), measured=profile_file is not None or what_if is not None, output=output)
     if not found.fits:
         raise typer.Exit(DOES_NOT_FIT)
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from alaya_tiers.config import format_bytes, parse_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.policies import EVICTION, EvictionPolicy, Window, by_name
-from alaya_tiers.tools import profile, rerun
+from alaya_tiers.tools import catalog, profile, rerun
 from alaya_tiers.tools.hardware import Machine
 from alaya_tiers.tools.limits import Future
 from alaya_tiers.tools.recorded import is_recording
@@ -99,9 +99,11 @@ def machine_of(values: dict[str, Any]) -> Machine:
 
 
 def described(path: Path | None) -> dict[str, Any]:
-    """The settings of a machine's TOML file. Raises ConfigError."""
+    """The settings of a machine's TOML file, or of parts that ``tools/catalog.py`` names. Raises ConfigError."""
     if path is None:
         return {}
+    if not path.suffix and not path.exists():
+        return catalog.machine(str(path))
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -184,11 +186,16 @@ def command(
         str | None, typer.Option(help=f"Of {', '.join([*POLICIES, BELADY])}, with commas. {HELP.format(USUAL)}")
     ] = None,
     sweep: Annotated[str | None, typer.Option(help="One setting of the machine, e.g. host-memory=16GiB,64GiB.")] = None,
-    machine: Annotated[Path | None, typer.Option(help="A TOML file with the settings below.")] = None,
+    machine: Annotated[
+        Path | None, typer.Option(help="A TOML file with the settings below, or parts by name: h100-80+gen5-ssd.")
+    ] = None,
     profile_file: Annotated[
         Path | None, typer.Option("--profile", help="Rates of a machine, by [bold]alaya-tiers profile[/bold].")
     ] = None,
     any_machine: Annotated[bool, typer.Option("--any-machine", help="The profile may be another machine's.")] = False,
+    what_if: Annotated[
+        str | None, typer.Option(help=f"Instead of a profile, for recorded traces: {', '.join(catalog.PROFILES)}.")
+    ] = None,
     device_memory: Annotated[str | None, typer.Option(help="For KV. " + HELP.format("24GiB"))] = None,
     host_memory: Annotated[str | None, typer.Option(help="For KV; 0 for none. " + HELP.format("64GiB"))] = None,
     ssd: Annotated[str | None, typer.Option(help="For KV; 0 for none. " + HELP.format("1TiB"))] = None,
@@ -216,6 +223,7 @@ def command(
         "ssd_write": ssd_write, "pcie": pcie, "flops": flops, "servers": servers,
     }  # fmt: skip
     known = None if profile_file is None else profile.load(profile_file, any_machine=any_machine)
+    known = known if what_if is None else catalog.what_if(what_if)
     if len(traces) == 1 and is_recording(traces[0]):
         budgets = {"device_budget": device_memory, "host_budget": host_memory, "ssd_budget": ssd}
         fixed = {name: [rerun.setting(name, value)] for name, value in budgets.items() if value is not None}
