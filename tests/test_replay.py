@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from alaya_tiers.errors import BudgetTooSmall, ConfigError
+from alaya_tiers.policies import EVICTION
 from alaya_tiers.tools import validate
 from alaya_tiers.tools.recorded import Recording, open_recording
 from alaya_tiers.tools.replay import Phase, Replay, replayed
@@ -148,6 +149,11 @@ def test_simulate_takes_a_recorded_trace(tmp_path: Path) -> None:
     ]
     assert all(len(run["phases"]) == 1 and run["phases"][0]["hit_rate"] == 1 for run in report["runs"])
     assert "TPOT" in call(*words).stdout
+    everything = json.loads(call(*words, "--policy", "all", "--json").stdout)["runs"]
+    assert [run["changes"]["eviction"] for run in everything] == list(EVICTION)
+    few = call(*words, "--sweep", "host-budget=1,1MiB").stdout
+    assert ("too small" in few, "start" in few) == (True, True)
+    assert "host budget of 1 bytes is too small" in " ".join(call(*words, "--host-memory", "1").stderr.split())
     for extra, message in (
         (("--sweep", "colour=red"), "no setting 'colour'"),
         (("--sweep", "block-tokens"), "cannot read the sweep"),

@@ -163,7 +163,7 @@ def _model(weights: float, quick: bool, tries: int) -> tuple[float, float, float
             decode = best(lambda run=run, ids=ids: run(ids[:, :1]), 12 * tries)  # type: ignore[misc]
         flops = max(flops, 2 * numbers * chunk / prefill)
         times[layers] = decode - 4 * numbers / weights
-    layer = min(max(1e-6, (times[many] - times[few]) / (many - few)), times[many] / many)
+    layer = max(1e-6, min((times[many] - times[few]) / (many - few), times[many] / many))  # others' work shows too
     return max(0.0, times[few] - few * layer), layer, flops
 
 

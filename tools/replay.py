@@ -1,7 +1,8 @@
 """A recorded run again, in virtual time, with other tiers: the engine's own mover, ledger and policies, without bytes.
 
 What a session and its engine do in threads, a coroutine does here: append, demote, look up, load in batches, read
-ahead. Where blocks go is decided by the same code; how long it takes is reckoned from a machine's profile.
+ahead. Blocks move whole: single pages of cold blocks (Settings.page_share) are not modelled.
+Where blocks go is decided by the same code; how long it takes is reckoned from a machine's profile.
 """
 
 import asyncio
@@ -176,7 +177,7 @@ class Replay:
             accountant = Accountant({"device": s.device_budget, "host": s.host_budget, "ssd": s.ssd_budget})
             policies = Policies(
                 device=Window(s.sink_tokens),
-                host=by_name(EVICTION, s.eviction),
+                host=by_name(EVICTION, s.eviction_of_blocks),
                 prefetch=by_name(PREFETCH, s.prefetch),
                 write=Watermark(s.dirty_limit),
             )

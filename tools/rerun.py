@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alaya_tiers.config import Settings, format_bytes, parse_bytes
-from alaya_tiers.errors import ConfigError
+from alaya_tiers.errors import BudgetTooSmall, ConfigError, OutOfSpace
 from alaya_tiers.policies import EVICTION, PREFETCH
 from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Recording, open_recording
@@ -33,12 +34,15 @@ class Run:
     settings: Settings
     phases: list[Phase]
     index_bytes: int
+    missing: str | None = None
+    """Why it cannot be, for example a budget that is too small."""
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {
             "changes": self.changes,
             "index_bytes": self.index_bytes,
+            "missing": self.missing,
             "phases": [phase.as_dict() for phase in self.phases],
         }
 
@@ -80,7 +84,12 @@ def rerun(recording: Recording, known: Profile, spread: dict[str, list[Any]]) ->
         changes = dict(zip(spread, values, strict=True))
         settings = recording.settings.replace(**changes)
         replay = Replay(recording, settings, known)
-        runs.append(Run(changes, settings, replay.run(), replay.index_bytes))
+        try:
+            runs.append(Run(changes, settings, replay.run(), replay.index_bytes))
+        except (BudgetTooSmall, OutOfSpace) as error:
+            if math.prod(map(len, spread.values())) == 1:
+                raise
+            runs.append(Run(changes, settings, [], 0, str(error)))
     return runs
 
 
@@ -109,9 +118,11 @@ def table(runs: list[Run]) -> Table:
     for name in (*(name.replace("_", "-") for name in changed), *heads):
         shown.add_column(name, justify="left" if name == "phase" else "right", no_wrap=True)
     for run in runs:
+        told = [format_bytes(v) if name in SIZES else str(v) for name, v in run.changes.items()]
+        if run.missing is not None:
+            shown.add_row(*told, "too small", style="dim")
         for phase in run.phases:
             row, total = phase.as_dict(), max(1, phase.touched.total)
-            told = (format_bytes(v) if name in SIZES else str(v) for name, v in run.changes.items())
             tpot = [f"{row['tpot_seconds'][p] * 1e3:,.1f}" if phase.steps else "–" for p in ("p50", "p99")]
             shares = [f"{getattr(phase.touched, name) / total:.1%}" for name in ("device", "host", "ahead")]
             moved = (format_bytes(phase.read_bytes), format_bytes(phase.written_bytes))

@@ -170,7 +170,7 @@ Examples:
 [bold]alaya-tiers simulate agents.tar.xz --sweep host-memory=16GiB,64GiB,256GiB --servers 4[/bold]
 """
 HELP = "[dim]default: {}[/dim]"
-USUAL = "lru,scan,belady"
+USUAL, ALL = "lru,scan,belady", "all"
 
 
 def command(
@@ -183,7 +183,7 @@ def command(
         str, typer.Option(help=f"A config.json, its folder, or one of {', '.join(NAMED)}.")
     ] = "llama-3.1-8b",
     policy: Annotated[
-        str | None, typer.Option(help=f"Of {', '.join([*POLICIES, BELADY])}, with commas. {HELP.format(USUAL)}")
+        str | None, typer.Option(help=f"Of {', '.join([*POLICIES, BELADY])}, with commas, or {ALL}. {HELP.format(USUAL)}")
     ] = None,
     sweep: Annotated[str | None, typer.Option(help="One setting of the machine, e.g. host-memory=16GiB,64GiB.")] = None,
     machine: Annotated[
@@ -227,7 +227,8 @@ def command(
     if len(traces) == 1 and is_recording(traces[0]):
         budgets = {"device_budget": device_memory, "host_budget": host_memory, "ssd_budget": ssd}
         fixed = {name: [rerun.setting(name, value)] for name, value in budgets.items() if value is not None}
-        chosen = {} if policy is None else {"eviction": [rerun.setting("eviction", p) for p in policy.split(",")]}
+        listed = [] if policy is None else list(EVICTION) if policy == ALL else policy.split(",")
+        chosen = {"eviction": [rerun.setting("eviction", name) for name in listed]} if listed else {}
         rerun.report(traces[0], known or profile.TYPICAL, chosen | fixed | rerun.sweeps(sweep), as_json=as_json)
         return
     settings = (
@@ -235,7 +236,8 @@ def command(
         | described(machine)
         | {name: value for name, value in given.items() if value is not None}
     )
-    names = list(dict.fromkeys(name.strip() for name in (policy or USUAL).split(",")))
+    asked = ",".join((*POLICIES, BELADY)) if policy == ALL else policy or USUAL
+    names = list(dict.fromkeys(name.strip() for name in asked.split(",")))
     if unknown := [name for name in names if name not in (*POLICIES, BELADY)]:
         raise ConfigError(f"unknown policy {unknown[0]!r}; known are {', '.join([*sorted(POLICIES), BELADY])}")
     machines, shape = swept(machine_of(settings), sweep), shape_of(model)

@@ -79,6 +79,7 @@ class OfRun:
         names = {name: getattr(s, name) for name in ("block_tokens", "eviction", "prefetch", "dirty_limit")}
         space = self.space()
         rest = {"prefetch_share": s.prefetch_share, "batch_bytes": s.batch_bytes}
+        names["eviction"] = self.recordings[0].settings.replace(eviction="auto").eviction_of_blocks
         point = {"recording": 0, "host": near} | names | rest
         return {name: value if value in space[name] else space[name][0] for name, value in point.items()}
 
@@ -88,7 +89,7 @@ class OfRun:
         base = self.recordings[point["recording"]].settings
         block = point["block_tokens"] / base.block_tokens
         device = int(max(base.device_budget, base.device_budget * block))
-        return base.replace(host_budget=int(point["host"] * self.kv_bytes), device_budget=device, **changes)
+        return base.replace(page_share=0.0, host_budget=int(point["host"] * self.kv_bytes), device_budget=device, **changes)
 
     def evaluate(self, point: Point) -> Outcome:
         """TPOT at the median of the last phase."""
@@ -149,7 +150,7 @@ class OfRequests:
         """The defaults of ``Settings``, on the machine as described."""
         s, space = Settings(), self.space()
         return {
-            "host_memory": self.machine.host_memory, "ssd": space["ssd"][-1], "eviction": s.eviction, "slack": 0.01,
+            "host_memory": self.machine.host_memory, "ssd": space["ssd"][-1], "eviction": s.eviction_of_blocks, "slack": 0.01,
             "dirty_limit": s.dirty_limit,
         }  # fmt: skip
 

@@ -91,6 +91,7 @@ class Case:
             "eviction": self.eviction,
             "prefetch": self.prefetch,
             "index_budget": None,
+            "page_share": 0.0,
         }
 
 
