@@ -183,7 +183,8 @@ def command(
         str, typer.Option(help=f"A config.json, its folder, or one of {', '.join(NAMED)}.")
     ] = "llama-3.1-8b",
     policy: Annotated[
-        str | None, typer.Option(help=f"Of {', '.join([*POLICIES, BELADY])}, with commas, or {ALL}. {HELP.format(USUAL)}")
+        str | None,
+        typer.Option(help=f"Of {', '.join([*POLICIES, BELADY])}, with commas, or {ALL}. {HELP.format(USUAL)}"),
     ] = None,
     sweep: Annotated[str | None, typer.Option(help="One setting of the machine, e.g. host-memory=16GiB,64GiB.")] = None,
     machine: Annotated[

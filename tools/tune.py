@@ -89,7 +89,9 @@ class OfRun:
         base = self.recordings[point["recording"]].settings
         block = point["block_tokens"] / base.block_tokens
         device = int(max(base.device_budget, base.device_budget * block))
-        return base.replace(page_share=0.0, host_budget=int(point["host"] * self.kv_bytes), device_budget=device, **changes)
+        return base.replace(
+            page_share=0.0, host_budget=int(point["host"] * self.kv_bytes), device_budget=device, **changes
+        )
 
     def evaluate(self, point: Point) -> Outcome:
         """TPOT at the median of the last phase."""
@@ -150,8 +152,8 @@ class OfRequests:
         """The defaults of ``Settings``, on the machine as described."""
         s, space = Settings(), self.space()
         return {
-            "host_memory": self.machine.host_memory, "ssd": space["ssd"][-1], "eviction": s.eviction_of_blocks, "slack": 0.01,
-            "dirty_limit": s.dirty_limit,
+            "host_memory": self.machine.host_memory, "ssd": space["ssd"][-1], "eviction": s.eviction_of_blocks,
+            "slack": 0.01, "dirty_limit": s.dirty_limit,
         }  # fmt: skip
 
     def evaluate(self, point: Point) -> Outcome:
