@@ -99,6 +99,7 @@ class Mover:
         self._executor = executor
         self._changed = asyncio.Event()
         self._publishing = asyncio.Lock()
+        self._line = asyncio.Lock()
         self._waiters = 0
         self._flushing = False
         self._write_error: AlayaError | None = None
@@ -399,10 +400,21 @@ class Mover:
             smallest = self.host_floor
             raise BudgetTooSmall("host", self.settings.host_budget, smallest, "one batch of blocks does not fit")
 
+    async def _claimed(self, ids: Ids) -> Ids:
+        """See _claim. Whoever finds no room stands in line: what is asked for later waits, however little it is."""
+        with self.lock:
+            all_here = bool((self.ledger.readable(ids) | self.ledger.coming(ids)).all())
+            may = not self._closing and (all_here or not self._line.locked())
+            missing = self._claim(ids) if may else None
+        if missing is not None:
+            return missing
+        async with self._line:
+            return await self._until(partial(self._claim, ids))
+
     async def _begin(self, ids: Ids) -> asyncio.Task[None] | None:
         """Pin ids, wait for those somebody else is reading, start to read the cold ones; the task that does, if any."""
         while True:
-            missing = await self._until(partial(self._claim, ids))
+            missing = await self._claimed(ids)
             reading = self._start(self._fetch(missing)) if missing.size else None
             theirs = np.setdiff1d(ids, missing, assume_unique=True)
             try:
