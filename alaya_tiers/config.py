@@ -66,9 +66,9 @@ class Settings:
     sparse_prefill: sparse mode also for prompts, a few tokens at a time; else prompts are attended exactly.
     attention_target: seconds of attention for each new token that sparse mode aims at: what heads may select is cut to
         what fits, and the statistics tell what that left out. None = as long as the keys within reach take.
-    read_rate, scan_rate, ssd_rate, pick_seconds: what the optimizer of sparse mode believes of this machine: bytes a
-        second of KV in memory, numbers of codes, bytes of the disk, and seconds for a key picked singly, all threads
-        together.
+    read_rate, scan_rate, ssd_rate, pick_seconds, page_seconds: what the optimizer of sparse mode believes of this
+        machine: bytes a second of KV in memory, numbers of codes, bytes of the disk, and seconds for a key picked
+        singly, all threads together, and for a page of 4 KiB read singly from the disk, many under way.
     block_tokens: tokens of one block, a power of two.
     segment_tokens: tokens of one segment (one file per layer), a power of two, at least block_tokens.
     sink_tokens: first tokens of the context that the device tier prefers to keep.
@@ -108,6 +108,7 @@ class Settings:
     scan_rate: float = 16e9
     ssd_rate: float = 1.5e9
     pick_seconds: float = 100e-9
+    page_seconds: float = 15e-6
     block_tokens: int = 256
     segment_tokens: int = 8192
     sink_tokens: int = 256
@@ -144,7 +145,7 @@ class Settings:
             raise ConfigError(f"index_sure is a number of standard deviations, or 0, got {self.index_sure!r}")
         if self.most_selected is not None and self.most_selected < 0:
             raise ConfigError(f"most_selected cannot be negative, got {self.most_selected!r}")
-        for name in ("attention_target", "read_rate", "scan_rate", "ssd_rate", "pick_seconds"):
+        for name in ("attention_target", "read_rate", "scan_rate", "ssd_rate", "pick_seconds", "page_seconds"):
             if (number := getattr(self, name)) is not None and not 0 < number < float("inf"):
                 raise ConfigError(f"{name} must be above 0, got {number!r}")
         for name, least in (("sink_tokens", 0), ("recent_tokens", 1), ("io_threads", 1), ("batch_bytes", 1)):

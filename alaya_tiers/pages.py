@@ -41,6 +41,9 @@ SPARE = 16
 GUESS_PAGES = 256
 """Pages read ahead at a time: what a read that somebody waits for may have to wait for."""
 
+LATELY = 64
+"""Attentions over which the share of missing pages is averaged."""
+
 KNOWN = 64
 """Guesses of a source after which its precision is believed."""
 
@@ -99,6 +102,8 @@ class Pages:
         self._waiting = 0
         self._guesses: list[Guess] = []
         self._guessing: asyncio.Task[None] | None = None
+        self.missed = 1.0
+        """Share of the pages wanted lately that were not here."""
         self.use = PageUse()
         mover.pages = self
 
@@ -296,6 +301,7 @@ class Pages:
         use, source = self.use, self._source[slots]
         use.wanted += slots.size
         use.missed += missing
+        self.missed += (missing / max(1, slots.size) - self.missed) / LATELY
         for i, n in enumerate(np.bincount(source, minlength=1 + len(SOURCES))[1:].tolist()):
             if n:
                 use.used[SOURCES[i]] = use.used.get(SOURCES[i], 0) + n

@@ -82,6 +82,12 @@ def pageable(state: Layer, blocks: Ids) -> npt.NDArray[np.bool_]:
         return engine.mover.pageable(blocks)
 
 
+def missed_share(state: Layer) -> float | None:
+    """Of the pages wanted lately, how many had to be read; None where no block of the layer is read by pages."""
+    pages = state.engine.pages
+    return None if pages is None or PAGE % state.shape.geometry.row_bytes else pages.missed
+
+
 def ahead(before: Row, state: Layer, row: Row) -> None:
     """Tell what layer ``state`` may want next: it comes after the one that picked ``before.picked``."""
     engine = state.engine

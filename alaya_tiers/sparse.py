@@ -26,7 +26,7 @@ from alaya_tiers.index.codes import MOST_ROWS, Layout, Reach, boundable, scan
 from alaya_tiers.index.plan import History, Rates, Step
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
-from alaya_tiers.picks import Picks, pageable
+from alaya_tiers.picks import Picks, missed_share, pageable
 from alaya_tiers.stats import SparseUse
 from alaya_tiers.view import Heads, Spans, Visible
 
@@ -76,7 +76,7 @@ def attend(
     inner[inner] = coded
     outside, middle, layout = every.where(~inner), middle.where(coded), partitions.layout(state.shape)
     step = _step(state, row, outside, middle, layout)
-    rates = Rates(s.read_rate, s.scan_rate, s.pick_seconds, s.ssd_rate)
+    rates = Rates(s.read_rate, s.scan_rate, s.pick_seconds, s.ssd_rate, s.page_seconds)
     target = None if s.attention_target is None else s.attention_target / len(state.engine.mover.shapes)
     look, most = history.plan(step, rates, target, s.most_selected)
     history.tokens = int(every.count.sum())
@@ -136,7 +136,7 @@ def _step(state: Layer, row: Row, outside: Spans, middle: Spans, layout: Layout)
     cold = 1 - float(book.readable(row.first[middle.run]).mean())
     return Step(
         window + float(middle.count.sum() * g.row_bytes), window, float(middle.count.sum() * layout.dims), g.row_bytes,
-        state.shape.nbytes, middle.run.size, cold,
+        state.shape.nbytes, middle.run.size, cold, missed_share(state),
     )  # fmt: skip
 
 

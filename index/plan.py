@@ -26,13 +26,14 @@ class Rates:
     """What the machine does, all threads together.
 
     read, ssd: bytes a second of K and V in memory, and from the disk. scan: numbers of codes a second, whatever their
-    bits. pick: seconds of a key found singly.
+    bits. pick: seconds of a key found singly. page: seconds of a page read singly from the disk, many under way.
     """
 
     read: float
     scan: float
     pick: float
     ssd: float
+    page: float = 15e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,8 @@ class Step:
 
     everything: bytes of K and V it sees; window: of these, what is attended in any case. codes: numbers it would scan,
     tokens x dims. row: bytes of one token's K and V; block: of one block's. blocks: how many there are, and ``cold``
-    the share of them on disk.
+    the share of them on disk. missed: of the keys found there, the share whose page must be read; None where blocks are
+    read whole.
     """
 
     everything: float
@@ -51,6 +53,7 @@ class Step:
     block: float
     blocks: int
     cold: float
+    missed: float | None = None
 
     def flat(self, rates: Rates) -> float:
         """Seconds to read everything."""
@@ -61,14 +64,18 @@ class Step:
         return self.window / rates.read + self.codes / rates.scan
 
     def picks(self, found: Heads, rates: Rates) -> Heads:
-        """Seconds for so many keys found singly, each in a block of its own while there are blocks."""
-        loads = np.minimum(found, self.blocks) * self.cold * self.block / rates.ssd
-        return np.asarray(found * (rates.pick + self.row / rates.read) + loads)
+        """Seconds for so many keys found singly, each in a page of its own, or a block while there are blocks."""
+        loads = found if self.missed is not None else np.minimum(found, self.blocks)
+        return np.asarray(found * (rates.pick + self.row / rates.read) + loads * self.cold * self._load(rates))
+
+    def _load(self, rates: Rates) -> float:
+        """Seconds to have one key from disk."""
+        return self.block / rates.ssd if self.missed is None else self.missed * rates.page
 
     def most(self, seconds: float, rates: Rates) -> int:
         """How many keys found singly fit into so much time, after window and codes."""
         left = seconds - self.scan(rates)
-        each = rates.pick + self.row / rates.read + self.cold * self.block / rates.ssd
+        each = rates.pick + self.row / rates.read + self.cold * self._load(rates)
         return max(0, int(left / each))
 
 
