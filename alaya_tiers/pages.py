@@ -191,6 +191,11 @@ class Pages:
         if self._guessing is None and self._guesses:
             self._guessing = asyncio.get_running_loop().create_task(self._read_guesses())
 
+    async def idle(self) -> None:
+        """Until nothing is read ahead."""
+        while (task := self._guessing) is not None:
+            await asyncio.wait([task])
+
     def absent(self, pages: Ids) -> Ids:
         """Those that would have to be read from ssd, the hottest first. The lock is held."""
         self._reach(pages)

@@ -54,10 +54,9 @@ def pool(session: Session) -> Pages:
 def settled(pages: Pages) -> None:
     """Nothing under way, nothing pinned, and every slot in exactly one place."""
     mover = pages._mover
-    mover_lock = mover.lock
     for future in list(pages._batches.values()):
         future.exception()
-    with mover_lock:
+    with mover.lock:
         assert not pages._pins.any()
         assert not pages._coming.any()
         assert mover.ledger.pinned_count() == 0

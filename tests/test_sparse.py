@@ -43,11 +43,12 @@ def filled(k: Tensor, v: Tensor, **changes: Any) -> AlayaCache:
 
 
 def wait(cache: AlayaCache) -> None:
-    partitions = cache.session.engine.partitions
-    if partitions is None:
+    engine = cache.session.engine
+    if engine.partitions is None or engine.pages is None:
         return
-    partitions.wait()
-    assert partitions.failure is None
+    engine.partitions.wait()
+    assert engine.partitions.failure is None
+    engine.submit(engine.pages.idle()).result()
 
 
 def ask(session: Session, q: Tensor, lo: int = 0, **changes: Any) -> Tensor:
