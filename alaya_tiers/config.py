@@ -83,8 +83,8 @@ class Settings:
         session mends the context; "drop" it, with a warning: contexts that need it end before it from then on.
     check_on_open: whether a database reads all of a stored prefix before it reuses it for the first time. Else damage
         is met when attention asks for the block: an error, after which the next session does what ``on_corrupt`` says.
-    eviction: policy of the host tier, a name in ``alaya_tiers.policies.EVICTION``. "auto" is "scan" in exact mode;
-        in sparse mode "lru" for whole blocks and "heat" for the single pages of cold blocks.
+    eviction: policy of the host tier, a name in ``alaya_tiers.policies.EVICTION``. "auto" is "scan" in exact mode
+        and "lru" in sparse mode; there it also orders the single pages of cold blocks.
     page_share: share of the host tier that such pages may take.
     guess: policy of reading such pages ahead, a name in ``alaya_tiers.policies.GUESS``.
     prefetch: policy of reading ahead, a name in ``alaya_tiers.policies.PREFETCH``.
@@ -163,7 +163,7 @@ class Settings:
     @property
     def eviction_of_pages(self) -> str:
         """The policy of single pages."""
-        return "heat" if self.eviction == "auto" else self.eviction
+        return "lru" if self.eviction == "auto" else self.eviction
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

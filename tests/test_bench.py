@@ -359,3 +359,29 @@ def test_the_first_token_of_a_stored_context(tmp_path: Path) -> None:
     assert row["index_bytes"] > 0
     assert not list(tmp_path.glob("bench-*"))
     assert CliRunner().invoke(cli.app, ["bench", "ttft", "--rounds", "0"]).exit_code == 2
+
+
+@pytest.mark.slow
+def test_what_is_on_ssd_is_measured_policy_by_policy(tmp_path: Path) -> None:
+    out = tmp_path / "offload.json"
+    command = [
+        "offload",
+        "--quick",
+        "--layers",
+        "2",
+        "--alpha",
+        "0.05",
+        "--guess",
+        "none,beside",
+        "--path",
+        str(tmp_path),
+    ]
+    done = CliRunner().invoke(cli.app, ["bench", *command, "--json", str(out)])
+    assert done.exit_code == 0, done.output
+    found = json.loads(out.read_text())
+    assert [way["name"] for way in found["ways"]] == ["lru, none", "lru, beside"]
+    assert found["page_rate"] > 0
+    assert all(len(way["times"]) == 2 and min(way["times"]) > 0 for way in (found["in_memory"], *found["ways"]))
+    wrong = CliRunner().invoke(cli.app, ["bench", "offload", "--kind", "flat"])
+    assert wrong.exit_code == 2
+    assert "sharp, medium, diffuse" in wrong.output

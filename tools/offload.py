@@ -56,7 +56,7 @@ class Plan:
     times: float = 8.0
     kind: str = "sharp"
     drift: float = 0.95
-    ways: tuple[tuple[str, str], ...] = (("heat", "none"), ("heat", "confident"))
+    ways: tuple[tuple[str, str], ...] = (("lru", "none"), ("lru", "confident"))
     heads: HeadsPlan = field(default_factory=HeadsPlan)
     steps: int = 30
     warm: int = 20
@@ -271,7 +271,7 @@ def command(
     kind: Annotated[str, typer.Option(help="Of heads: sharp, medium or diffuse.")] = "sharp",
     drift: Annotated[float, typer.Option(help="Share of a query that is the last step's: 0 forgets, 1 stands.")] = 0.95,
     alpha: Annotated[float, typer.Option(help="Keys with this share of the largest weight are attended.")] = 0.001,
-    eviction: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "heat",
+    eviction: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "lru",
     guess: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "none,confident",
     compute: Annotated[float, typer.Option(help="Milliseconds between two layers' attention, as of a model.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
