@@ -11,12 +11,17 @@ from alaya_tiers.tiers.zarr_format import attributes_of
 LEFT = ("probe", "zarr.json.partial")
 """What a process that was killed may leave beside the rest."""
 
+USAGE = "usage"
+"""The folder of what was written and when (``alaya_tiers.wear``)."""
+
 
 def leftovers(disk: Disk, root: str, manifest: Manifest, held: Mapping[int, Manifest]) -> Iterator[str]:
     """Files and folders that neither the manifest nor a flushed session names. held: older manifests somebody reads."""
     yield from uncounted(disk, root, manifest, held)
     names = disk.names(root)
     yield from (os.path.join(root, name) for name in names if name in LEFT)
+    if USAGE in names:
+        yield from (os.path.join(root, USAGE, name) for name in disk.names(os.path.join(root, USAGE)) if name in LEFT)
     wanted: dict[str, set[str]] = {}
     for name in [name for one in (manifest, *held.values()) for name in one.files]:
         session, folder, _ = name.split("/")

@@ -14,11 +14,11 @@ from typing import Any, cast
 
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import WriteBudgetSpent
+from alaya_tiers.leftovers import USAGE
 from alaya_tiers.manifest import Manifest
 from alaya_tiers.seams import Disk
 from alaya_tiers.tiers.zarr_format import attributes_of, group_json
 
-FOLDER = "usage"
 SAVED_EVERY = 1 << 30
 MOST_DAYS = 400
 """Days that are remembered."""
@@ -122,7 +122,7 @@ class Wear:
     def load(self, disk: Disk, root: str) -> None:
         """Take over what was saved; what cannot be read never was."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            data = disk.fetch(os.path.join(root, FOLDER, "zarr.json"), _MOST_BYTES)
+            data = disk.fetch(os.path.join(root, USAGE, "zarr.json"), _MOST_BYTES)
             found = attributes_of(data)["alaya_tiers"]
             days = {str(d): Day(_size(v["disk"]), _size(v["blocks"])) for d, v in found["days"].items()}
             self.prefill = {str(k): float(v) for k, v in found["prefill"].items() if 0 < float(v) < 1e6}
@@ -130,7 +130,7 @@ class Wear:
 
     def save(self, disk: Disk, root: str) -> None:
         """Keep the numbers beside the store. A failure loses them, nothing else."""
-        path = os.path.join(root, FOLDER, "zarr.json")
+        path = os.path.join(root, USAGE, "zarr.json")
         if "zarr.json" not in disk.names(root):  # nothing is stored here
             return
         with self._lock:
