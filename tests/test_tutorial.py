@@ -40,7 +40,8 @@ def test_every_command_runs(root: Path, tmp_path: Path, monkeypatch: pytest.Monk
         if not drawing and words[1] == "inspect":
             continue
         if not drawing and "--plot" in words:
-            del words[words.index("--plot") :][:2]
+            at = words.index("--plot")
+            del words[at : at + 2]
         assert words[0] == "alaya-tiers"
         result = call(*words[1:], columns=200)
         assert result.exit_code in (0, 1 if words[1] == "tune" else 0), f"{command}\n{result.output}"
