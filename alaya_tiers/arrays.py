@@ -10,7 +10,7 @@ import torch
 from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
 from alaya_tiers.errors import StoreCorrupt
 from alaya_tiers.manifest import LayerBlocks, Manifest, Segment
-from alaya_tiers.seams import Disk
+from alaya_tiers.seams import Disk, read_up_to, write_all, write_new
 from alaya_tiers.tiers.ssd import translate
 from alaya_tiers.tiers.zarr_format import array_json, group_json, shard_index
 
@@ -60,7 +60,7 @@ def write_array(
                     end = offset + shape.nbytes
                     for at in range(offset, end, PIECE):
                         _copy(disk, given, taken, at, min(PIECE, end - at), shard)
-                _write(disk, taken, shard_index(offsets, shape.nbytes), offsets.size * stride_of(layer))
+                write_all(disk, taken, shard_index(offsets, shape.nbytes), offsets.size * stride_of(layer))
             finally:
                 disk.close(taken)
         finally:
@@ -77,12 +77,7 @@ def write_array(
 def replaced(disk: Disk, path: str, data: bytes) -> str:
     """Put a small file in place of what there was, in one step and durably; its path. Raises StoreError."""
     try:
-        disk.remove(f"{path}.partial")
-        handle = disk.open(f"{path}.partial", create=True, direct=False)
-        try:
-            _write(disk, handle, data, 0)
-        finally:
-            disk.close(handle)
+        write_new(disk, f"{path}.partial", [(0, data)])
         _in_place(disk, f"{path}.partial", path)
     except OSError as error:
         raise translate(error, path, "write") from error
@@ -101,19 +96,10 @@ def _in_place(disk: Disk, partial: str, path: str) -> None:
 
 
 def _copy(disk: Disk, given: int, taken: int, offset: int, nbytes: int, path: str) -> None:
-    data, done = bytearray(nbytes), 0
-    while done < nbytes:
-        more = disk.read(given, [memoryview(data)[done:]], offset + done)
-        if more <= 0:
-            raise StoreCorrupt(errno.EIO, "the file ends before the block does", path)
-        done += more
-    _write(disk, taken, data, offset)
-
-
-def _write(disk: Disk, handle: int, data: bytes | bytearray, offset: int) -> None:
-    done = 0
-    while done < len(data):
-        done += disk.write(handle, [memoryview(data)[done:]], offset + done)
+    data = read_up_to(disk, given, offset, nbytes)
+    if len(data) < nbytes:
+        raise StoreCorrupt(errno.EIO, "the file ends before the block does", path)
+    write_all(disk, taken, data, offset)
 
 
 def _numbers(folder: str) -> tuple[int, int, int]:

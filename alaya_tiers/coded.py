@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import xxhash
 
 from alaya_tiers.index.codes import Layout
-from alaya_tiers.seams import Disk
+from alaya_tiers.seams import Disk, read_up_to
 
 MAGIC = b"alaya-index-1"
 MOST_HEADER = 64 << 20
@@ -59,10 +59,10 @@ def encoded(record: str, layers: Mapping[int, LayerCodes]) -> tuple[list[tuple[i
 def header_of(disk: Disk, handle: int) -> Header:
     """The header of an open file; offsets in it count from the file's begin. ValueError, OSError if it is not whole."""
     try:
-        magic, digest, length = take(disk, handle, 0, _FIRST_LINE).split(b"\n")[0].split(b" ")
+        magic, digest, length = read_up_to(disk, handle, 0, _FIRST_LINE).split(b"\n")[0].split(b" ")
         if magic != MAGIC or not length.isdigit() or len(length) > 9 or int(length) > MOST_HEADER:
             raise ValueError("not a file of codes")
-        header = take(disk, handle, _FIRST_LINE, int(length))
+        header = read_up_to(disk, handle, _FIRST_LINE, int(length))
         if hashlib.sha256(header).hexdigest().encode() != digest:
             raise ValueError("its header has another digest")
         data = json.loads(header)
@@ -76,7 +76,7 @@ def header_of(disk: Disk, handle: int) -> Header:
 
 def run_of(disk: Disk, handle: int, codes: LayerCodes, run: int) -> bytearray | None:
     """The codes of one run; None if there are none, or others than were written. Raises OSError."""
-    buffer = take(disk, handle, codes.offset + run * codes.nbytes, codes.nbytes)
+    buffer = read_up_to(disk, handle, codes.offset + run * codes.nbytes, codes.nbytes)
     return buffer if xxhash.xxh3_64_intdigest(buffer) == codes.digests[run] else None
 
 
@@ -84,7 +84,9 @@ def runs_of(disk: Disk, handle: int, codes: LayerCodes, runs: list[int]) -> Iter
     """The same of several runs, ascending: neighbours are read together. What cannot be read is None."""
     for group in _neighbours(runs, max(1, TOGETHER // codes.nbytes)):
         try:
-            found = memoryview(take(disk, handle, codes.offset + group[0] * codes.nbytes, len(group) * codes.nbytes))
+            found = memoryview(
+                read_up_to(disk, handle, codes.offset + group[0] * codes.nbytes, len(group) * codes.nbytes)
+            )
         except OSError:
             found = memoryview(b"")
         for i, run in enumerate(group):
@@ -113,18 +115,6 @@ def problem_of(disk: Disk, path: str, record: str) -> str | None:
         return f"the codes cannot be used: {error}"
     finally:
         disk.close(handle)
-
-
-def take(disk: Disk, handle: int, offset: int, n: int) -> bytearray:
-    """``n`` bytes; fewer at the end of the file, and no more memory than there are. Raises OSError."""
-    found = bytearray()
-    while len(found) < n:
-        piece = bytearray(min(n - len(found), 1 << 20))
-        got = disk.read(handle, [memoryview(piece)], offset + len(found))
-        if got <= 0:
-            break
-        found += memoryview(piece)[:got]
-    return found
 
 
 def _neighbours(runs: list[int], most: int) -> Iterator[list[int]]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from alaya_tiers.errors import StoreCorrupt
 from alaya_tiers.manifest import MOST_BYTES, Manifest, Segment
-from alaya_tiers.seams import Disk
+from alaya_tiers.seams import Disk, write_new
 from alaya_tiers.tiers.ssd import translate
 from alaya_tiers.tiers.zarr_format import attributes_of, group_json
 
@@ -172,14 +172,7 @@ def _generation(root: str, number: int) -> str:
 def _write(disk: Disk, path: str, data: bytes) -> None:
     """A new file in place of any there was. Not durable yet."""
     try:
-        disk.remove(path)
-        handle = disk.open(path, create=True, direct=False)
-        try:
-            done = 0
-            while done < len(data):
-                done += disk.write(handle, [memoryview(data)[done:]], done)
-        finally:
-            disk.close(handle)
+        write_new(disk, path, [(0, data)])
     except OSError as error:
         raise translate(error, path, "write") from error
 

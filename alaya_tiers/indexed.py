@@ -18,7 +18,7 @@ from torch import Tensor
 
 from alaya_tiers.coded import LayerCodes, encoded, header_of, runs_of
 from alaya_tiers.partitions import Partitions, Source
-from alaya_tiers.seams import Disk
+from alaya_tiers.seams import Disk, write_new
 
 Runs = npt.NDArray[np.int64]
 """The first block id of each run of blocks."""
@@ -72,15 +72,7 @@ def save(
     pieces, data_at = encoded(record, layers)
     pieces += [(data_at + at, coded.numpy().tobytes()) for at, coded in parts]
     try:
-        disk.remove(path)
-        handle = disk.open(path, create=True, direct=False)
-        try:
-            for at, data in pieces:
-                done = 0
-                while done < len(data):
-                    done += disk.write(handle, [memoryview(data)[done:]], at + done)
-        finally:
-            disk.close(handle)
+        write_new(disk, path, pieces)
     except OSError:
         with contextlib.suppress(OSError):
             disk.remove(path)

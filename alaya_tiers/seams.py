@@ -15,7 +15,7 @@ import random
 import shutil
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -135,6 +135,36 @@ class Disk(Protocol):
 def memory(address: int, nbytes: int) -> memoryview:
     """The ``nbytes`` at ``address``, writable. The caller owns that memory for as long as the view is used."""
     return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
+
+
+def read_up_to(disk: Disk, handle: int, offset: int, n: int) -> bytearray:
+    """``n`` bytes; fewer at the end of the file, and no more memory than there are. Raises OSError."""
+    found = bytearray()
+    while len(found) < n:
+        piece = bytearray(min(n - len(found), 1 << 20))
+        got = disk.read(handle, [memoryview(piece)], offset + len(found))
+        if got <= 0:
+            break
+        found += memoryview(piece)[:got]
+    return found
+
+
+def write_all(disk: Disk, handle: int, data: bytes | bytearray, offset: int) -> None:
+    """All of it, however short single writes come. Raises OSError."""
+    done = 0
+    while done < len(data):
+        done += disk.write(handle, [memoryview(data)[done:]], offset + done)
+
+
+def write_new(disk: Disk, path: str, pieces: Iterable[tuple[int, bytes]]) -> None:
+    """A file with these pieces (offset, bytes), in place of any there was. Not durable yet. Raises OSError."""
+    disk.remove(path)
+    handle = disk.open(path, create=True, direct=False)
+    try:
+        for offset, data in pieces:
+            write_all(disk, handle, data, offset)
+    finally:
+        disk.close(handle)
 
 
 def read_each(

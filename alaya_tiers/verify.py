@@ -14,7 +14,7 @@ from alaya_tiers.coded import problem_of
 from alaya_tiers.commit import GENERATIONS, SEGMENTS, is_plain, load_segment
 from alaya_tiers.errors import StoreCorrupt
 from alaya_tiers.manifest import MOST_BYTES, LayerBlocks, Manifest, Segment
-from alaya_tiers.seams import Disk
+from alaya_tiers.seams import Disk, read_up_to
 from alaya_tiers.tiers.zarr_format import array_json, group_json, shard_offsets, storable
 
 PIECE = 1 << 20
@@ -143,7 +143,7 @@ def _file(
                     yield Flaw(path, f"block {run} of head {head} is missing or damaged", "blocks", run)
         if blocks_only:
             return
-        tail = _read(disk, handle, offsets.size * stride, offsets.size * 16 + 4 + 1)
+        tail = read_up_to(disk, handle, offsets.size * stride, offsets.size * 16 + 4 + 1)
         index = shard_offsets(tail, offsets.size, shape.nbytes)
     finally:
         disk.close(handle)
@@ -189,19 +189,8 @@ def _digest(disk: Disk, handle: int, offset: int, nbytes: int) -> int | None:
     """The digest of a block; None if the file ends before it does."""
     pages = []
     for at in range(0, nbytes, PIECE):
-        part = _read(disk, handle, offset + at, min(PIECE, nbytes - at))
+        part = read_up_to(disk, handle, offset + at, min(PIECE, nbytes - at))
         if len(part) < min(PIECE, nbytes - at):
             return None
         pages.append(digest.pages_of(part))
     return int(digest.of_pages(np.concatenate(pages)[None])[0])
-
-
-def _read(disk: Disk, handle: int, offset: int, nbytes: int) -> bytearray:
-    """Up to ``nbytes``; fewer at the end of the file."""
-    data, done = bytearray(nbytes), 0
-    while done < nbytes:
-        more = disk.read(handle, [memoryview(data)[done:]], offset + done)
-        if more <= 0:
-            break
-        done += more
-    return data[:done]

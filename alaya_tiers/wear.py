@@ -16,7 +16,7 @@ from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import WriteBudgetSpent
 from alaya_tiers.leftovers import USAGE
 from alaya_tiers.manifest import Manifest
-from alaya_tiers.seams import Disk
+from alaya_tiers.seams import Disk, write_new
 from alaya_tiers.tiers.zarr_format import attributes_of, group_json
 
 SAVED_EVERY = 1 << 30
@@ -139,14 +139,7 @@ class Wear:
             self._unsaved = 0
         data = group_json({"alaya_tiers": found})
         with contextlib.suppress(OSError):
-            disk.remove(f"{path}.partial")
-            handle = disk.open(f"{path}.partial", create=True, direct=False)
-            try:
-                done = 0
-                while done < len(data):
-                    done += disk.write(handle, [memoryview(data)[done:]], done)
-            finally:
-                disk.close(handle)
+            write_new(disk, f"{path}.partial", [(0, data)])
             disk.sync(f"{path}.partial")
             disk.rename(f"{path}.partial", path)
 

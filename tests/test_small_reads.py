@@ -12,7 +12,7 @@ import xxhash
 from alaya_tiers import coded
 from alaya_tiers.errors import IOFailed, StoreCorrupt
 from alaya_tiers.index.codes import Layout
-from alaya_tiers.seams import SystemDisk
+from alaya_tiers.seams import SystemDisk, read_up_to
 from alaya_tiers.testing import Fault, SimDisk
 from tests.test_ssd import HEADS, RUNS, Stored, disk
 
@@ -92,13 +92,13 @@ def test_codes_that_are_neighbours_are_read_together_and_bad_ones_are_left_out(
     (tmp_path / "codes").write_bytes(damaged.tobytes()[: 9 * codes.nbytes + 5])
     monkeypatch.setattr(coded, "TOGETHER", 3 * codes.nbytes)
     disk = SystemDisk()
-    handle, sizes, take = disk.open(str(tmp_path / "codes"), create=False, direct=False), list[int](), coded.take
+    handle, sizes, take = disk.open(str(tmp_path / "codes"), create=False, direct=False), list[int](), read_up_to
 
     def noted(disk: Any, handle: int, offset: int, n: int) -> bytearray:
         sizes.append(n // codes.nbytes)
         return take(disk, handle, offset, n)
 
-    monkeypatch.setattr(coded, "take", noted)
+    monkeypatch.setattr(coded, "read_up_to", noted)
     try:
         found = {
             run: None if part is None else bytes(part)
