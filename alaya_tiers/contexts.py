@@ -11,7 +11,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -213,11 +212,8 @@ class Contexts:
         finally:
             session.clear()
         with self.lock:
-            manifest = self.manifest
-            for context in kept & manifest.contexts.keys():
-                manifest = manifest.without(context)
-            if manifest is not self.manifest:
-                self._forget(replace(manifest, generation=self.manifest.generation + 1))
+            if there := kept & self.manifest.contexts.keys():
+                self._forget(self.manifest.without(*there))
         return name
 
     def index(self, context: str, say: Say = silent) -> None:
@@ -281,6 +277,7 @@ class Contexts:
             moved = self.snapshot.refresh()
             if moved:
                 self._release(old, self.manifest)
+                self._prefixes.reopened()
                 for name in old.files.keys() - self.manifest.files.keys():
                     self._adopted.forget(name, old.files[name])
             self.snapshot.let_go(
@@ -362,6 +359,7 @@ class Contexts:
         for name, segment in segments.items():
             records[name], digest = encoded(segment)
             entries[name] = Entry(segment.before, segment.start, segment.tokens.size, digest, segment.files)
+        after = self._prefixes.arranged(segments, {n: entries[n] for n in {**segments, **again}})
         used = {folder for entry in entries.values() for folder in entry.files}
         added = {i: Context(i, entries[i].start + entries[i].tokens, time.time()) for i in ids}
         files = {name: engine.mover.ssd.live_bytes(number) for name, number in numbers.items()}
@@ -371,9 +369,10 @@ class Contexts:
         manifest = Manifest(
             old.generation + 1,
             {**old.identities, root: identity},
-            entries,
+            {name: entries[name] for siblings in after.values() for name in siblings},
             {**added, **old.contexts},
             {**{n: b for n, b in old.files.items() if n in used}, **files},
+            ordered=True,
         )
         shards = [engine.mover.ssd.files[number].path for number in numbers.values()]
         with engine.mover.lock:
@@ -388,7 +387,7 @@ class Contexts:
                         engine.mover.garbage += engine.mover.ssd.unkeep(number)
             raise
         self._late = {name: nbytes for name, nbytes in self._late.items() if name not in manifest.files}
-        self._prefixes.stored(segments)
+        self._prefixes.stored(segments, after)
         for name, segment in segments.items():
             self._adopted.keep(name, segment, held[name], numbers)
         if mended := old.files.keys() - manifest.files.keys():
@@ -461,7 +460,7 @@ class Contexts:
         """Let go of segments that are not stored any more, or elsewhere."""
         for name, entry in old.segments.items():
             if new.segments.get(name) != entry:
-                self._prefixes.forget(name)
+                self._prefixes.forget(name, entry.before)
                 self._adopted.release(name)
 
     def _collect(self) -> None:

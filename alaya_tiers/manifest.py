@@ -67,6 +67,11 @@ class Segment:
         return segment_name(self.before, self.tokens)
 
     @property
+    def nbytes(self) -> int:
+        """What it takes in memory, about."""
+        return int(self.tokens.nbytes + sum(b.where.nbytes + b.digests.nbytes for b in self.layers.values()))
+
+    @property
     def files(self) -> tuple[str, ...]:
         """All folders of arrays it is in."""
         return tuple(sorted({name for layer in self.layers.values() for name in layer.files}))
@@ -127,13 +132,17 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One generation. identities by root, segments by name, contexts by id; files: bytes by folder of an array."""
+    """One generation. identities by root, segments by name, contexts by id; files: bytes by folder of an array.
+
+    ordered: whether the segments are listed so that those which follow the same one are in the order of ``Siblings``.
+    """
 
     generation: int = 0
     identities: Mapping[str, Identity] = field(default_factory=dict)
     segments: Mapping[str, Entry] = field(default_factory=dict)
     contexts: Mapping[str, Context] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
+    ordered: bool = False
 
     def chain(self, context: str) -> list[str]:
         """The names of a context's segments, in order."""
@@ -149,9 +158,16 @@ class Manifest:
             name = self.segments[name].before
         return name
 
-    def without(self, context: str) -> "Manifest":
-        """The next generation, without a context and what only it needed."""
-        return self.only({n: c for n, c in self.contexts.items() if n != context})
+    def following(self) -> dict[str, list[str]]:
+        """The names of the segments that follow each, or a root."""
+        found = dict[str, list[str]]()
+        for name, entry in self.segments.items():
+            found.setdefault(entry.before, []).append(name)
+        return found
+
+    def without(self, *contexts: str) -> "Manifest":
+        """The next generation, without some contexts and what only they needed."""
+        return self.only({n: c for n, c in self.contexts.items() if n not in contexts})
 
     def only(self, contexts: Mapping[str, Context]) -> "Manifest":
         """The next generation, with these contexts and what they need; each ends with a segment there is."""
@@ -164,6 +180,7 @@ class Manifest:
             segments,
             contexts,
             {n: b for n, b in self.files.items() if n in files},
+            self.ordered,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -177,6 +194,9 @@ class Manifest:
             "contexts": {n: {"tokens": c.tokens, "created": c.created} for n, c in self.contexts.items()},
             "files": [[name, self.files[name]] for name in names],
         }
+        if self.ordered:
+            place = {name: i for i, name in enumerate(sorted(self.segments))}
+            body["order"] = [place[name] for name in self.segments]
         return {"manifest": body, "digest": _digest(body)}
 
     @classmethod
@@ -187,12 +207,14 @@ class Manifest:
             raise ValueError("its digest is wrong")
         files = dict(_file(f) for f in _of(body, "files", list))
         names = list(files)
+        segments = {_matching(n, _NAME): _entry(e, names) for n, e in _of(body, "segments", dict).items()}
         made = cls(
             _count(body, "generation"),
             {_matching(n, _NAME): identity_from(i) for n, i in _of(body, "identities", dict).items()},
-            {_matching(n, _NAME): _entry(e, names) for n, e in _of(body, "segments", dict).items()},
+            _in_order(segments, body["order"]) if "order" in body else segments,
             {_matching(n, _NAME): _context(n, c) for n, c in _of(body, "contexts", dict).items()},
             files,
+            "order" in body,
         )
         for problem in made._problems():
             raise ValueError(problem)
@@ -260,6 +282,16 @@ def _number(text: str) -> int:
     if not re.fullmatch(r"0|[1-9]\d{0,5}", text):
         raise ValueError(f"{text[:80]!r} is not the number of a layer")
     return int(text)
+
+
+def _in_order(segments: dict[str, Entry], order: Any) -> dict[str, Entry]:
+    """The segments in the order that numbers say, each the place of a name among all names sorted."""
+    if not isinstance(order, list) or not all(type(i) is int for i in order):
+        raise ValueError("order is not a list of numbers")
+    if sorted(order) != list(range(len(segments))):
+        raise ValueError("order does not name every segment once")
+    names = sorted(segments)
+    return {names[i]: segments[names[i]] for i in order}
 
 
 def _file(item: Any) -> tuple[str, int]:

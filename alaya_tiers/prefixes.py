@@ -5,29 +5,40 @@ Damage is known from a record that cannot be read, from a block that was read in
 
 import errno
 import os
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
 
 from alaya_tiers.damage import Place, needing, usable
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import StoreCorrupt
-from alaya_tiers.identity import Tokens, common, segment_name
-from alaya_tiers.manifest import Manifest, Segment
+from alaya_tiers.identity import Tokens, segment_name
+from alaya_tiers.manifest import Entry, Manifest, Segment
+from alaya_tiers.siblings import Siblings
 from alaya_tiers.snapshot import Shelf
 from alaya_tiers.verify import flaws
 
+MOST_RECORDS = 32 << 20
+"""Bytes of records that are remembered; a record that was let go of is read again."""
+
 
 class Prefixes:
-    """The records of one store, and what is known to be damaged. The caller serialises calls."""
+    """The records of one store, and what is known to be damaged. The caller serialises calls.
+
+    Whoever changes the manifest says so: ``stored``, ``forget``, or ``reopened`` when it is another one altogether.
+    """
 
     def __init__(self, engine: Engine, shelf: Shelf) -> None:
         self.engine, self.shelf = engine, shelf
-        self._records: dict[str, Segment] = {}
+        self._records = OrderedDict[str, Segment]()
+        self._record_bytes = 0
+        self._new: Mapping[str, Segment] = {}  # what is about to be stored
         self._lost: dict[str, StoreCorrupt] = {}  # segments of which nothing can be used
         self._damaged: set[Place] = set()
         self._checked: set[str] = set()
         self.dropped: set[str] = set()
         """Segments that are not stored any more because they were damaged, though a reader may have them still."""
-        self._tree = _children(self.manifest)
+        self._after = dict[str, Siblings]()
+        self.reopened()
 
     @property
     def manifest(self) -> Manifest:
@@ -38,22 +49,46 @@ class Prefixes:
     def record(self, name: str) -> Segment:
         """The record of a segment. Raises StoreCorrupt."""
         if name not in self._records:
-            self._records[name] = self.shelf.record(name)
+            self._remember(name, self.shelf.record(name))
+        self._records.move_to_end(name)
         return self._records[name]
 
-    def stored(self, segments: dict[str, Segment]) -> None:
-        """These were stored just now, in place of what may have been damaged."""
-        self._records |= segments
-        for name in segments:
+    def arranged(self, segments: Mapping[str, Segment], entries: Mapping[str, Entry]) -> dict[str, Siblings]:
+        """What will follow each segment when new ones with these records, and others that count again, are stored."""
+        found, self._new = dict[str, Siblings](), segments
+        for name, entry in entries.items():
+            if entry.before not in found:
+                found[entry.before] = self._following(entry.before).copy()
+            found[entry.before].add(name)
+        self._new = {}
+        return self._after | found
+
+    def stored(self, segments: Mapping[str, Segment], after: dict[str, Siblings]) -> None:
+        """These were stored just now, in place of what may have been damaged. after: what ``arranged`` said."""
+        for name, segment in segments.items():
+            self._remember(name, segment)
             self._lost.pop(name, None)
             self._checked.discard(name)
             self.dropped.discard(name)
+        self._after = after
 
-    def forget(self, name: str) -> None:
-        """A segment is not stored any more, or elsewhere."""
-        self._records.pop(name, None)
+    def forget(self, name: str, before: str) -> None:
+        """A segment that followed ``before`` is not stored any more, or elsewhere."""
+        self._drop(name)
         self._lost.pop(name, None)
         self._checked.discard(name)
+        if name not in self.manifest.segments and before in self._after:
+            self._after[before].remove(name)
+            if not len(self._after[before]):
+                del self._after[before]
+
+    def reopened(self) -> None:
+        """The manifest is another one, of which nothing was said."""
+        ordered = self.manifest.ordered
+        self._after = {
+            before: Siblings(names, self._tokens, ordered=ordered)
+            for before, names in self.manifest.following().items()
+        }
 
     # ------------------------------------------------------------------ the longest prefix
     def match(self, root: str, tokens: Tokens) -> tuple[list[str], int, list[str]]:
@@ -62,25 +97,33 @@ class Prefixes:
         The last are names of segments that would have given more were they whole.
         """
         self._read_in_vain()
-        if self._tree[0] is not self.manifest:
-            self._tree = _children(self.manifest)
-        names, at, before, children = list[str](), 0, root, self._tree[1]
-        while at < tokens.size and before in children:
+        names, at, before = list[str](), 0, root
+        while at < tokens.size and before in self._after:
             size = self.manifest.identities[root].segment_tokens
             whole = segment_name(before, tokens[at : at + size])
-            sure = whole in children[before] and at + size <= tokens.size and self.usable(whole) == size
-            wanted = {n: self._common(n, before, tokens[at:]) for n in ([whole] if sure else children[before])}
-            left = {n: min(length, self.usable(n)) if length else 0 for n, length in wanted.items()}
-            found, best = max(left, key=lambda n: left[n]), max(wanted, key=lambda n: wanted[n])
-            if left[found]:
+            entry = self.manifest.segments.get(whole) if at + size <= tokens.size else None
+            if entry is not None and entry.before == before and self.usable(whole) == size:
+                names.append(whole)
+                at, before = at + size, whole
+                continue
+            found, left, damaged = self._nearest(before, tokens[at:])
+            if left:
                 names.append(found)
-                at += left[found]
-            if left[found] < wanted[best]:
-                return names, at, [n for n, length in wanted.items() if length > left[found]]
-            if left[found] < size:
-                break
-            before = found
+            return names, at + left, damaged
         return names, at, []
+
+    def _nearest(self, before: str, tokens: Tokens) -> tuple[str, int, list[str]]:
+        """What follows a segment and has most of these tokens, how many, and what would have more were it whole."""
+        found, left, hurt = "", 0, list[tuple[str, int]]()
+        siblings = self._following(before)
+        for name, same in siblings.nearest(tokens):
+            if same <= left:
+                break
+            usable = min(same, self.usable(name))
+            hurt += [(name, same)] if usable < same else []
+            found, left = (name, usable) if usable > left else (found, left)
+        hurt += [(name, self._by_name(name, before, tokens)) for name in siblings.unread]
+        return found, left, [name for name, same in hurt if same > left]
 
     def usable(self, name: str) -> int:
         """How many first tokens of a segment are not known to be damaged."""
@@ -136,14 +179,27 @@ class Prefixes:
         return made
 
     # ------------------------------------------------------------------ inside
-    def _common(self, name: str, before: str, tokens: Tokens) -> int:
-        """How many tokens a segment has in common with these; of one that cannot be read, what its name gives away."""
-        try:
-            return common(self.record(name).tokens, tokens)
-        except StoreCorrupt:
-            size = self.manifest.segments[name].tokens
-            same = size <= tokens.size and segment_name(before, tokens[:size]) == name
-            return size if same else 0
+    def _remember(self, name: str, segment: Segment) -> None:
+        self._drop(name)
+        self._records[name] = segment
+        self._record_bytes += segment.nbytes
+        while self._record_bytes > MOST_RECORDS and len(self._records) > 1:
+            self._record_bytes -= self._records.popitem(last=False)[1].nbytes
+
+    def _drop(self, name: str) -> None:
+        if name in self._records:
+            self._record_bytes -= self._records.pop(name).nbytes
+
+    def _following(self, before: str) -> Siblings:
+        return self._after.get(before) or Siblings([], self._tokens)
+
+    def _tokens(self, name: str) -> Tokens:
+        return (self._new[name] if name in self._new else self.record(name)).tokens
+
+    def _by_name(self, name: str, before: str, tokens: Tokens) -> int:
+        """How many tokens a segment that cannot be read has in common with these, as far as its name gives it away."""
+        size = self.manifest.segments[name].tokens
+        return size if size <= tokens.size and segment_name(before, tokens[:size]) == name else 0
 
     def _folder(self, path: str) -> str:
         """That of the array, inside the store, to which a shard belongs."""
@@ -154,11 +210,3 @@ class Prefixes:
             with self.engine.mover.lock:
                 places = list(self.engine.mover.ssd.damaged)
             self._damaged |= {Place(self._folder(path), run) for path, run in places}
-
-
-def _children(manifest: Manifest) -> tuple[Manifest, dict[str, list[str]]]:
-    """The names of the segments that follow each."""
-    found: dict[str, list[str]] = {}
-    for name, entry in manifest.segments.items():
-        found.setdefault(entry.before, []).append(name)
-    return manifest, found

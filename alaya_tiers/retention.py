@@ -8,7 +8,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -175,10 +175,7 @@ class Retention:
 
     def _drop(self, names: list[str]) -> None:
         if names:
-            manifest = self.contexts.manifest
-            for name in names:
-                manifest = manifest.without(name)
-            self.contexts.forget(replace(manifest, generation=self.contexts.manifest.generation + 1))
+            self.contexts.forget(self.contexts.manifest.without(*names))
 
 
 def _blocks(layers: list[Layer]) -> Ids:

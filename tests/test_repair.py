@@ -1,6 +1,7 @@
 """Any damage to any file of a store is found before it is used; repair and salvage keep what is undamaged.
 
-More cases than usual: ALAYA_TIERS_MUTATIONS=1000 (of each kind of damage to each kind of file).
+More cases than usual: ALAYA_TIERS_MUTATIONS=125 (of each kind of damage to each kind of file), and of flipped bits
+ALAYA_TIERS_FLIPS=1250.
 """
 
 import json
@@ -21,6 +22,7 @@ from tests.test_cli import call
 from tests.test_crash import MODEL, SETTINGS, TEXTS, Base, check_kv
 
 CASES = int(os.environ.get("ALAYA_TIERS_MUTATIONS", "1"))
+FLIPS = int(os.environ.get("ALAYA_TIERS_FLIPS", str(CASES)))
 DISK = SystemDisk()
 
 
@@ -133,7 +135,7 @@ def test_all_damage_is_found_or_harmless(written: Path, tmp_path: Path, kind: st
     rng = random.Random(kind)
     count = {"found": 0, "harmless": 0}
     for how in DAMAGES:
-        for n in range(CASES):
+        for n in range(FLIPS if how == "flip" else CASES):
             store = Path(shutil.copytree(written / "store", tmp_path / "store"))
             file = rng.choice(files(store, kind))
             before = file.read_bytes()
