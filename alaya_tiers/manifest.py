@@ -190,7 +190,7 @@ class Manifest:
         body = {
             "generation": self.generation,
             "identities": {n: asdict(i) for n, i in self.identities.items()},
-            "segments": {n: asdict(e) | {"files": [number[f] for f in e.files]} for n, e in self.segments.items()},
+            "segments": {n: _entry_json(e, number) for n, e in self.segments.items()},
             "contexts": {n: {"tokens": c.tokens, "created": c.created} for n, c in self.contexts.items()},
             "files": [[name, self.files[name]] for name in names],
         }
@@ -310,6 +310,11 @@ def identity_from(data: Any) -> Identity:
         segment_tokens=_count(data, "segment_tokens", 1, _MOST_TOKENS),
         lossy=_of(data, "lossy", bool),
     )
+
+
+def _entry_json(entry: Entry, number: Mapping[str, int]) -> dict[str, Any]:
+    plain = {name: getattr(entry, name) for name in ("before", "start", "tokens", "digest")}
+    return plain | {"files": [number[file] for file in entry.files]}
 
 
 def _entry(data: Any, names: list[str]) -> Entry:

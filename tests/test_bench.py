@@ -385,3 +385,18 @@ def test_what_is_on_ssd_is_measured_policy_by_policy(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(cli.app, ["bench", "offload", "--kind", "flat"])
     assert wrong.exit_code == 2
     assert "sharp, medium, diffuse" in wrong.output
+
+
+@pytest.mark.slow
+def test_a_store_of_many_contexts(tmp_path: Path) -> None:
+    """It is opened after a process that stored was killed, and every prompt finds what it has in common."""
+    out = tmp_path / "many.json"
+    command = ["contexts", "--counts", "5,30", "--rounds", "1", "--dir", str(tmp_path), "--json", str(out)]
+    result = CliRunner().invoke(cli.app, ["bench", *command])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["contexts"] for row in rows] == [5, 30]
+    assert rows[1]["manifest_bytes"] > rows[0]["manifest_bytes"] > 0
+    assert all(len(row["opening"]) == 1 and len(row["lookups"]) == 199 and len(row["commits"]) == 5 for row in rows)
+    assert not list(tmp_path.glob("bench-*"))
+    assert CliRunner().invoke(cli.app, ["bench", "contexts", "--counts", "x"]).exit_code == 2

@@ -33,6 +33,7 @@ from alaya_tiers.tools import (
     heads,
     indexes,
     inspect,
+    many,
     offload,
     overhead,
     plan,
@@ -78,6 +79,7 @@ bench.app.command("offload")(offload.command)
 bench.app.command("overhead")(overhead.command)
 bench.app.command("attention")(heads.command)
 bench.app.command("choice")(choice.command)
+bench.app.command("contexts")(many.command)
 bench.app.command("compression")(compression.command)
 bench.app.command("io")(disk.command)
 bench.app.command("index")(indexes.command)
