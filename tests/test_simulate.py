@@ -174,13 +174,17 @@ def test_every_block_is_where_the_books_say(seed: int, policy: Lru | Scan | str)
     made = Simulator(machine, TINY, BLOCK, Future(requests) if isinstance(policy, str) else policy, slack=0.2)
     for one in requests:
         made.arrive(one)
-        device, host, ssd = (made._in[tier] for tier in simulator.TIERS)
+        blocks, shelf = made.blocks, made.shelf
+        everything = np.arange(blocks.rows)
+        device, host, ssd = (shelf[tier].has(everything) for tier in simulator.TIERS)
         assert not (device & host).any(), "in two memory tiers"
-        assert {tier: int(mask.sum()) for tier, mask in made._in.items()} == made.size
-        assert all(made.size[tier] <= made.capacity[tier] for tier in simulator.TIERS)
-        assert set(made.index.values()) == set(np.flatnonzero(device | host | ssd).tolist())
-        assert int(made._writing.sum()) == made.disk.waiting
-        assert not (made._writing & ~(device | host)).any(), "a block that is nowhere is being written"
+        for tier, mask in zip(simulator.TIERS, (device, host, ssd), strict=True):
+            assert sorted(shelf[tier].members.tolist()) == np.flatnonzero(mask).tolist()
+            assert shelf[tier].size <= made.capacity[tier]
+        held = np.flatnonzero(device | host | ssd)
+        assert (blocks.names.find(blocks.key[held]) == held).all()
+        assert int(blocks.writing.sum()) == made.disk.waiting
+        assert not (blocks.writing & ~(device | host)).any(), "a block that is nowhere is being written"
     counts = made.close()
     assert counts.requests == len(counts.ttft) == 200
     assert all(first > 0 for first in counts.ttft)
@@ -191,8 +195,8 @@ def test_a_long_trace_takes_no_more_memory_than_the_tiers_hold() -> None:
     made = Simulator(machine, TINY, BLOCK, Lru())
     for at in range(20_000):
         made.arrive(request(at * 1e4, [3 * at, 3 * at + 1, 3 * at + 2]))
-        assert len(made.index) <= 4 + 8 + 64
-    assert made._key.size == 1024, "numbers of dead blocks are given out again"
+        assert len(made.blocks.names) <= 2 * (4 + 8 + 64) + 3, "what the tiers hold, and as many that left"
+    assert made.blocks.rows == 1024, "numbers of dead blocks are given out again"
     assert made.close().requests == 20_000
 
 

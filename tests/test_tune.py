@@ -13,11 +13,12 @@ from alaya_tiers import AlayaCache, Settings
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.tools import search, tune, validate
 from alaya_tiers.tools.hardware import Machine
+from alaya_tiers.tools.prices import Prices
 from alaya_tiers.tools.recorded import open_recording
 from alaya_tiers.tools.search import Outcome, Point, Space, Target
 from alaya_tiers.tools.shapes import NAMED
 from alaya_tiers.tools.traces import open_trace
-from alaya_tiers.tools.tune import OfRequests, OfRun, Prices
+from alaya_tiers.tools.tune import OfRequests, OfRun
 from alaya_tiers.tools.validate import EXACT, Case
 from tests.test_cli import call
 from tests.test_profile import KNOWN, written
@@ -176,7 +177,7 @@ def test_both_families_of_traces_gain(tmp_path: Path) -> None:
         (("--tpot", "fast"), "cannot read 'fast' as --tpot"),
         (("--ttft", "1s"), "recorded run has --tpot"),
         (("--prices", "host"), "cannot read the price"),
-        (("--prices", "tape=1"), "no tier 'tape'"),
+        (("--prices", "tape=1"), "nothing called 'tape'"),
         (("--prices", "host=-1"), "at least 0"),
         (("--quality", "3"), "a share from 0 to 1"),
     ],

@@ -12,7 +12,8 @@ from alaya_tiers.errors import ConfigError
 class Machine:
     """What there is. Sizes in bytes (0 = no such tier), rates in bytes or operations a second.
 
-    servers: requests in service at once, each with ``flops`` of its own; they share tiers and channels.
+    servers: requests in service at once, each with ``flops`` and ``device_read`` of its own; they share tiers and
+    channels. device_read: of the device's memory, by decoding. step: seconds of a decode step that depend on no size.
     """
 
     device_memory: int = 24 << 30
@@ -22,15 +23,19 @@ class Machine:
     ssd_write: float = 1.5e9
     pcie: float = 25e9
     flops: float = 150e12
+    device_read: float = 1.6e12
+    step: float = 1e-3
     servers: int = 1
 
     def __post_init__(self) -> None:
         for name in ("device_memory", "host_memory", "ssd"):
             if type(size := getattr(self, name)) is not int or size < 0:
                 raise ConfigError(f"{name} is a number of bytes, at least 0, got {size!r}")
-        for name in ("ssd_read", "ssd_write", "pcie", "flops"):
+        for name in ("ssd_read", "ssd_write", "pcie", "flops", "device_read"):
             if not isinstance(rate := getattr(self, name), int | float) or not 0 < rate < float("inf"):
                 raise ConfigError(f"{name} is a rate above 0, got {rate!r}")
+        if not isinstance(step := getattr(self, "step"), int | float) or not 0 <= step < float("inf"):  # noqa: B009
+            raise ConfigError(f"step is a number of seconds, at least 0, got {self.step!r}")
         if type(self.servers) is not int or self.servers < 1:
             raise ConfigError(f"servers must be at least 1, got {self.servers!r}")
         if 0 < self.ssd < self.host_memory:

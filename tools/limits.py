@@ -1,5 +1,6 @@
 """Belady's optimum: what no policy can beat, because it knows the future. A limit, no policy."""
 
+from array import array
 from collections.abc import Callable, Iterable
 
 import numpy as np
@@ -14,14 +15,17 @@ NEVER = np.iinfo(np.int32).max
 
 
 class Future:
-    """For each request, the number of the next request that asks for each of its blocks. 4 bytes each."""
+    """For each request, the number of the next request that asks for each of its blocks, 4 bytes each; ``times``, when
+    each request comes, in seconds."""
 
     def __init__(self, requests: Iterable[Request]) -> None:
         numbers: dict[int, int] = {}
-        self._next: list[npt.NDArray[np.int32]] = [
-            np.array([numbers.setdefault(key, len(numbers)) for key in request.blocks.tolist()], np.int32)
-            for request in requests
-        ]
+        self.times = array("d")
+        self._next: list[npt.NDArray[np.int32]] = []
+        for request in requests:
+            self.times.append(request.time)
+            keys = request.blocks.tolist()
+            self._next.append(np.array([numbers.setdefault(key, len(numbers)) for key in keys], np.int32))
         soonest = np.full(len(numbers), NEVER, np.int32)
         for at in range(len(self._next) - 1, -1, -1):
             blocks = self._next[at]

@@ -98,10 +98,11 @@ class Profile:
         named = {"read_rate": rates.read, "scan_rate": rates.scan, "ssd_rate": rates.ssd, "pick_seconds": rates.pick}
         return {name: float(f"{value:.3g}") for name, value in named.items()}
 
-    def machine(self) -> dict[str, float]:
-        """Rates of a simulation's machine (``tools/hardware.py``)."""
+    def machine(self, layers: int) -> dict[str, float]:
+        """Rates of a simulation's machine (``tools/hardware.py``), for a model of so many layers."""
         return {
             "ssd_read": self.ssd_read, "ssd_write": self.ssd_write, "pcie": self.memory_copy, "flops": self.flops,
+            "device_read": self.weights, "step": self.step + layers * self.layer,
         }  # fmt: skip
 
     def save(self, path: Path) -> None:

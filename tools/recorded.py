@@ -122,16 +122,18 @@ Event = Layer | Own | Fork | Put | Cut | Built | Read | Mark | Asked
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A recorded run. settings: it ran with; shape: of its model, None where unknown. events: anew each time."""
+    """A recorded run. settings: it ran with; shape: of its model, None where unknown. events: anew each time. made:
+    what happened, where that is described rather than in a file."""
 
     path: Path
     settings: Settings
     shape: Shape | None
     version: str
+    made: Callable[[], Iterator[Event]] | None = None
 
     def events(self) -> Iterator[Event]:
         """Everything that happened, in order. Raises TraceError when it meets what is wrong."""
-        return _events(self.path)
+        return _events(self.path) if self.made is None else self.made()
 
 
 def is_recording(path: Path) -> bool:

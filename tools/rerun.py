@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +15,7 @@ from alaya_tiers.config import Settings, format_bytes, parse_bytes
 from alaya_tiers.errors import BudgetTooSmall, ConfigError, OutOfSpace
 from alaya_tiers.policies import EVICTION, PREFETCH
 from alaya_tiers.tools.profile import Profile
-from alaya_tiers.tools.recorded import Recording, open_recording
+from alaya_tiers.tools.recorded import Recording
 from alaya_tiers.tools.replay import Phase, Replay
 
 SIZES = ("device_budget", "host_budget", "ssd_budget", "batch_bytes")
@@ -93,15 +92,15 @@ def rerun(recording: Recording, known: Profile, spread: dict[str, list[Any]]) ->
     return runs
 
 
-def report(path: Path, known: Profile, spread: dict[str, list[Any]], *, as_json: bool) -> None:
+def report(recording: Recording, known: Profile, spread: dict[str, list[Any]], *, as_json: bool) -> None:
     """Replay and print. Raises TraceError, ConfigError."""
-    recording, began = open_recording(path), time.perf_counter()
+    began = time.perf_counter()
     with Console(stderr=True).status("replaying"):
         runs = rerun(recording, known, spread)
     wall = time.perf_counter() - began
     seconds = sum(phase.seconds for run in runs for phase in run.phases)
     if as_json:
-        facts = {"trace": str(path), "mode": recording.settings.mode, "profile": known.date}
+        facts = {"trace": str(recording.path), "mode": recording.settings.mode, "profile": known.date}
         speed = {"wall_seconds": wall, "times_real_time": seconds / wall}
         print(json.dumps(facts | {"runs": [run.as_dict() for run in runs], "speed": speed}, indent=2))
         return

@@ -1,128 +1,35 @@
-"""``alaya-tiers simulate``: what a machine and a policy would make of a request trace."""
+"""``alaya-tiers simulate``: what a machine and a policy would make of a request trace, or of a described load."""
 
 import json
-import re
 import time
-import tomllib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn
-from rich.table import Table
 
-from alaya_tiers.config import format_bytes, parse_bytes
+from alaya_tiers.config import Settings, format_bytes
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.policies import EVICTION, EvictionPolicy, Window, by_name
-from alaya_tiers.tools import catalog, profile, rerun
+from alaya_tiers.policies import EVICTION, EvictionPolicy, Shares, Window, by_name
+from alaya_tiers.tools import catalog, keeping, load, loadsteps, profile, rerun
+from alaya_tiers.tools.described import described, machine_of, shares_of, swept
 from alaya_tiers.tools.hardware import Machine
 from alaya_tiers.tools.limits import Future
-from alaya_tiers.tools.recorded import is_recording
+from alaya_tiers.tools.prices import RENTED, Prices, prices
+from alaya_tiers.tools.recorded import is_recording, open_recording
+from alaya_tiers.tools.repeat import repeated
 from alaya_tiers.tools.shapes import NAMED, Shape, shape_of
-from alaya_tiers.tools.simulator import TIERS, Counts, Simulator
+from alaya_tiers.tools.simulated import Run, hits, outcome, table, traffic
+from alaya_tiers.tools.simulator import Simulator
 from alaya_tiers.tools.traces import FORMATS, Request, Trace, open_trace
 
 QUICK = 500
-SECONDS_A_DAY = 86400
-SIZES = ("device_memory", "host_memory", "ssd")
-BYTE_RATES = ("ssd_read", "ssd_write", "pcie")
 POLICIES: dict[str, type[EvictionPolicy]] = {**EVICTION, "window": Window}
 """The engine's own; ``belady`` beside them is no policy but the limit."""
 BELADY = "belady"
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """One policy on one machine, and what came out."""
-
-    policy: str
-    machine: Machine
-    counts: Counts
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values: bytes, seconds, tokens, shares."""
-        counts = self.counts
-        p50, p90, p99 = np.percentile(np.frombuffer(counts.ttft), [50, 90, 99]).tolist()
-        hits = {tier: counts.hit_tokens[tier] / counts.tokens for tier in TIERS}
-        return {
-            "policy": self.policy,
-            "machine": asdict(self.machine),
-            "requests": counts.requests,
-            "tokens": counts.tokens,
-            "ttft_seconds": {"p50": p50, "p90": p90, "p99": p99, "mean": float(np.mean(np.frombuffer(counts.ttft)))},
-            "hit_rate": hits | {"all": sum(hits.values())},
-            "hit_tokens": counts.hit_tokens,
-            "moved_bytes": counts.moved,
-            "prefill_saved": 1 - counts.flops / counts.flops_without,
-            "queue_seconds": counts.queue_seconds,
-            "load_seconds": counts.load_seconds,
-            "stall_seconds": counts.stall_seconds,
-            "compute_seconds": counts.compute_seconds,
-            "simulated_seconds": counts.ended,
-            "ssd_written_bytes_per_day": counts.moved["host_to_ssd"] / counts.ended * SECONDS_A_DAY,
-        }
-
-
-# ---------------------------------------------------------------------- what is asked for
-def rate(name: str, text: str | float) -> float:
-    """``"3GB/s"`` in bytes a second, ``"150TFLOPS"`` in operations a second, or a plain number. Raises ConfigError."""
-    if isinstance(text, int | float) and not isinstance(text, bool):
-        return float(text)
-    if not isinstance(text, str):
-        raise ConfigError(f"{name} is a number or a string such as '3GB/s', not {text!r}")
-    if name in BYTE_RATES:
-        return float(parse_bytes(text.strip().removesuffix("/s")))
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:e\d+)?)\s*([KMGTP]?)(FLOPS|FLOP/s)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ConfigError(f"cannot read {text!r} as {name}; write e.g. '150TFLOPS'")
-    return float(match[1]) * 1000.0 ** " KMGTP".index(match[2].upper() or " ")
-
-
-def machine_of(values: dict[str, Any]) -> Machine:
-    """A machine of sizes and rates in words. Raises ConfigError."""
-    known = [f.name for f in fields(Machine)]
-    if unknown := sorted(set(values) - set(known)):
-        raise ConfigError(f"unknown settings {', '.join(unknown)} of a machine; known are {', '.join(known)}")
-    readable: dict[str, Any] = {}
-    for name, value in values.items():
-        if name == "servers":
-            if isinstance(value, str) and not value.strip().isdigit():
-                raise ConfigError(f"servers is a number, got {value!r}")
-            readable[name] = int(value) if isinstance(value, str) else value
-        else:
-            readable[name] = parse_bytes(value) if name in SIZES else rate(name, value)
-    return Machine(**readable)
-
-
-def described(path: Path | None) -> dict[str, Any]:
-    """The settings of a machine's TOML file, or of parts that ``tools/catalog.py`` names. Raises ConfigError."""
-    if path is None:
-        return {}
-    if not path.suffix and not path.exists():
-        return catalog.machine(str(path))
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"cannot read a machine from {path}: {error}") from error
-    settings = data.get("machine", data)
-    if not isinstance(settings, dict):
-        raise ConfigError(f"cannot read a machine from {path}: [machine] must be a table")
-    return {name.replace("-", "_"): value for name, value in settings.items()}
-
-
-def swept(machine: Machine, sweep: str | None) -> list[Machine]:
-    """The machine, or one for each value of ``name=value,value``. Raises ConfigError."""
-    if sweep is None:
-        return [machine]
-    name, equals, values = sweep.partition("=")
-    name = name.strip().replace("-", "_")
-    if not equals or name not in {f.name for f in fields(Machine)} or not all(v.strip() for v in values.split(",")):
-        raise ConfigError(f"cannot read the sweep {sweep!r}; write e.g. host-memory=16GiB,64GiB")
-    return [replace(machine, **{name: getattr(machine_of({name: v.strip()}), name)}) for v in values.split(",")]
 
 
 # ---------------------------------------------------------------------- the work
@@ -134,8 +41,14 @@ def simulate(
     slack: float,
     limit: int | None = None,
     progress: Progress | None = None,
+    *,
+    pauses: tuple[str, ...] = ("none",),
+    any_pause: bool = False,
+    shares: Shares | None = None,
+    attend: float = 1.0,
+    prices: Prices = RENTED,
 ) -> list[Run]:
-    """All policies on all machines, in one pass over the trace (two with Belady, which looks at the future first)."""
+    """All policies on all machines, in one pass over the trace (two with Belady or an oracle, which look ahead)."""
 
     def requests(what: str) -> Iterator[Request]:
         task = progress.add_task(what, total=None, at=0.0) if progress else None
@@ -146,18 +59,28 @@ def simulate(
                 progress.update(task, completed=number, at=request.time / 3600)
             yield request
 
+    known: list[Future] = []
+
+    def future() -> Future:
+        known[:] = known or [Future(requests("looking ahead"))]
+        return known[0]
+
     chosen: dict[str, EvictionPolicy | Future] = {n: by_name(POLICIES, n) for n in policies if n != BELADY}
     if BELADY in policies:
-        chosen[BELADY] = Future(requests("looking ahead"))
+        chosen[BELADY] = future()
     runs = [
-        (name, machine, Simulator(machine, shape, trace.block_tokens, chosen[name], slack=slack))
+        (name, pause, machine, Simulator(
+            machine, shape, trace.block_tokens, chosen[name], slack=slack, shares=shares, attend=attend,
+            pauses=keeping.pauses(pause, machine, future), any_pause=any_pause,
+        ))
         for machine in machines
+        for pause in pauses
         for name in policies
-    ]
+    ]  # fmt: skip
     for request in requests("simulating"):
-        for _, _, simulator in runs:
+        for *_, simulator in runs:
             simulator.arrive(request)
-    return [Run(name, machine, simulator.close()) for name, machine, simulator in runs]
+    return [Run(name, machine, made.close(), prices, pause) for name, pause, machine, made in runs]
 
 
 EPILOG = """
@@ -166,6 +89,8 @@ Examples:
 [bold]alaya-tiers simulate chat.jsonl.xz --model llama-3.1-8b --policy lru,belady[/bold]
 
 [bold]alaya-tiers simulate recorded.jsonl --profile here.toml --policy lru,scan --sweep "host-budget=8MiB,64MiB"[/bold]
+
+[bold]alaya-tiers simulate load.toml --policy all --pause none,ttl:60,patience,oracle[/bold]
 
 [bold]alaya-tiers simulate agents.tar.xz --sweep host-memory=16GiB,64GiB,256GiB --servers 4[/bold]
 """
@@ -176,7 +101,9 @@ USUAL, ALL = "lru,scan,belady", "all"
 def command(
     traces: Annotated[
         list[Path],
-        typer.Argument(help="Request traces of one format: .jsonl, .json, .tar; also .xz. Or a recorded one."),
+        typer.Argument(
+            help="Request traces of one format: .jsonl, .json, .tar; also .xz. Or a recorded one, or a load in .toml."
+        ),
     ],
     form: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "auto",
     model: Annotated[
@@ -206,34 +133,58 @@ def command(
     flops: Annotated[
         str | None, typer.Option(help="Really reached, of one server. " + HELP.format("150TFLOPS"))
     ] = None,
+    device_read: Annotated[
+        str | None, typer.Option(help="Of the device's memory, by decoding. " + HELP.format("1.6TB/s"))
+    ] = None,
     servers: Annotated[int | None, typer.Option(help="Prompts computed at once. " + HELP.format(1))] = None,
+    attend: Annotated[float, typer.Option(help="Share of the KV that a step of decoding reads.")] = 1.0,
+    pause: Annotated[
+        str, typer.Option(help=f"What becomes of contexts that wait: {', '.join(keeping.KINDS)}; several with commas.")
+    ] = "none",
+    any_pause: Annotated[
+        bool, typer.Option("--any-pause", help="After every answer, not only while a tool runs.")
+    ] = False,
+    shares: Annotated[
+        Path | None, typer.Option(help="A TOML file: what each category may have of the SSD: floor, most, ttl.")
+    ] = None,
+    price_of: Annotated[
+        str | None, typer.Option("--prices", help="An hour, of a GiB and a server: device=0.02,host=0.003,server=1.")
+    ] = None,
     session_gap: Annotated[float, typer.Option(help="Mean seconds between starts of sessions of agents.")] = 300.0,
     slack: Annotated[float, typer.Option(help="Share of a full tier that is freed at once.")] = 0.01,
-    seed: Annotated[int, typer.Option(help="Of the starts of sessions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything that is left to chance.")] = 0,
+    repeat: Annotated[int, typer.Option(min=1, help="The trace so many times, each a little different.")] = 1,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help=f"Only {QUICK} requests.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
 ) -> None:
     """Simulates the tiers: on request traces, or on one that a cache recorded, with other settings.
 
-    Of request traces: hits, time to first token, bytes moved. Of a recorded one: TPOT, hits, SSD bytes by phase;
+    Of requests: time to first token, time per token, hits, bytes moved, price. Of a recorded run: TPOT, hits, bytes;
     --sweep takes settings of a cache then, e.g. "host-budget=64MiB,1GiB block-tokens=128,256".
     """
-    given = {
-        "device_memory": device_memory, "host_memory": host_memory, "ssd": ssd, "ssd_read": ssd_read,
-        "ssd_write": ssd_write, "pcie": pcie, "flops": flops, "servers": servers,
-    }  # fmt: skip
     known = None if profile_file is None else profile.load(profile_file, any_machine=any_machine)
     known = known if what_if is None else catalog.what_if(what_if)
-    if len(traces) == 1 and is_recording(traces[0]):
+    spec = load.read(traces[0]) if len(traces) == 1 and traces[0].suffix == ".toml" else None
+    if spec is None and any(path.suffix == ".toml" for path in traces):
+        raise ConfigError("a load that is described comes alone: give one .toml file, or traces")
+    steps = spec is not None and spec.steps is not None
+    if steps or (spec is None and len(traces) == 1 and is_recording(traces[0])):
         budgets = {"device_budget": device_memory, "host_budget": host_memory, "ssd_budget": ssd}
         fixed = {name: [rerun.setting(name, value)] for name, value in budgets.items() if value is not None}
         listed = [] if policy is None else list(EVICTION) if policy == ALL else policy.split(",")
         chosen = {"eviction": [rerun.setting("eviction", name) for name in listed]} if listed else {}
-        rerun.report(traces[0], known or profile.TYPICAL, chosen | fixed | rerun.sweeps(sweep), as_json=as_json)
+        usual = Settings(mode="sparse", index_budget=None)
+        found = open_recording(traces[0]) if spec is None else loadsteps.recording(spec, shape_of(model), usual, seed)
+        rerun.report(found, known or profile.TYPICAL, chosen | fixed | rerun.sweeps(sweep), as_json=as_json)
         return
+    given = {
+        "device_memory": device_memory, "host_memory": host_memory, "ssd": ssd, "ssd_read": ssd_read,
+        "ssd_write": ssd_write, "pcie": pcie, "flops": flops, "device_read": device_read, "servers": servers,
+    }  # fmt: skip
+    shape = shape_of(model)
     settings = (
-        ({} if known is None else known.machine())
+        ({} if known is None else known.machine(shape.layers))
         | described(machine)
         | {name: value for name, value in given.items() if value is not None}
     )
@@ -241,61 +192,40 @@ def command(
     names = list(dict.fromkeys(name.strip() for name in asked.split(",")))
     if unknown := [name for name in names if name not in (*POLICIES, BELADY)]:
         raise ConfigError(f"unknown policy {unknown[0]!r}; known are {', '.join([*sorted(POLICIES), BELADY])}")
-    machines, shape = swept(machine_of(settings), sweep), shape_of(model)
-    console, began = Console(stderr=True), time.perf_counter()
+    machines, console, began = swept(machine_of(settings), sweep), Console(stderr=True), time.perf_counter()
     columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:,} requests, {task.fields[at]:,.1f} h"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        trace = open_trace(traces, form, session_gap, seed)
-        runs = simulate(trace, shape, machines, names, slack, QUICK if quick else limit, progress)
-    wall = time.perf_counter() - began
+        trace = repeated(
+            open_trace(traces, form, session_gap, seed) if spec is None else spec.trace(seed), repeat, seed
+        )
+        runs = simulate(
+            trace, shape, machines, names, slack, QUICK if quick else limit, progress, attend=attend,
+            pauses=tuple(one.strip() for one in pause.split(",")), any_pause=any_pause, shares=shares_of(shares),
+            prices=prices(price_of, RENTED),
+        )  # fmt: skip
+    report: dict[str, Any] = {"traces": [str(p) for p in traces], "model": asdict(shape)}
+    report |= {"token_bytes": shape.token_bytes, "block_tokens": trace.block_tokens, "seed": seed}
+    report |= {"session_gap": session_gap, "slack": slack, "attend": attend, "repeat": repeat}
+    varied = sweep.partition("=")[0].strip().replace("-", "_") if sweep else None
+    tell(runs, report, time.perf_counter() - began, varied, as_json=as_json)
+
+
+def tell(runs: list[Run], facts: dict[str, Any], wall: float, varied: str | None, *, as_json: bool) -> None:
+    """Print what came out. facts: of all runs; wall: seconds it took; varied: the setting that was swept."""
     speed = {
         "wall_seconds": wall,
         "times_real_time": runs[0].counts.ended / wall,
         "times_real_time_a_run": sum(run.counts.ended for run in runs) / wall,
     }
     if as_json:
-        report: dict[str, Any] = {
-            "traces": [str(p) for p in traces],
-            "model": asdict(shape),
-            "token_bytes": shape.token_bytes,
-        }
-        report |= {"block_tokens": trace.block_tokens, "seed": seed, "session_gap": session_gap, "slack": slack}
-        print(json.dumps(report | {"runs": [run.as_dict() for run in runs], "speed": speed}, indent=2))
+        print(json.dumps(facts | {"runs": [run.as_dict() for run in runs], "speed": speed}, indent=2))
         return
     out = Console()
-    varied = sweep.partition("=")[0].strip().replace("-", "_") if sweep else None
-    out.print(table(runs, varied, outcome))
-    out.print()
-    out.print(table(runs, varied, traffic))
+    for cells in (outcome, hits, traffic):
+        out.print(table(runs, varied, cells))
+        out.print()
     first = runs[0].counts
-    what = f"{first.requests:,} requests, {first.tokens:,} tokens, {format_bytes(shape.token_bytes)} of KV each"
+    what = f"{first.requests:,} requests, {first.tokens:,} tokens, {format_bytes(facts['token_bytes'])} of KV each"
     times = f"{speed['times_real_time']:,.0f} times real time for all, {speed['times_real_time_a_run']:,.0f} a run"
-    out.print(f"\n{shape.name}: {what}. {first.ended / 3600:,.1f} h in {wall:,.1f} s: {times}.", style="dim")
-
-
-def outcome(row: dict[str, Any]) -> dict[str, str]:
-    """What a user of the machine sees."""
-    ttft = {f"TTFT {name}": f"{seconds:,.2f} s" for name, seconds in row["ttft_seconds"].items() if name != "mean"}
-    hits = {f"{tier} hits": f"{row['hit_rate'][tier]:.1%}" for tier in TIERS}
-    return ttft | hits | {"saved": f"{row['prefill_saved']:.1%}"}
-
-
-def traffic(row: dict[str, Any]) -> dict[str, str]:
-    """What the machine had to do."""
-    moved = {"ssd read": "ssd_to_host", "to device": "host_to_device", "to host": "device_to_host"}
-    seconds = {name: f"{row[f'{name}_seconds']:,.0f} s" for name in ("queue", "stall")}
-    bytes_moved = {name: format_bytes(row["moved_bytes"][key]) for name, key in moved.items()}
-    return seconds | bytes_moved | {"ssd written a day": format_bytes(row["ssd_written_bytes_per_day"])}
-
-
-def table(runs: list[Run], varied: str | None, cells: Callable[[dict[str, Any]], dict[str, str]]) -> Table:
-    """One line a run."""
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    heads = [varied.replace("_", "-")] if varied else []
-    for name in (*heads, "policy", *cells(runs[0].as_dict())):
-        shown.add_column(name, justify="left" if name == "policy" else "right", no_wrap=name in ("policy", *heads))
-    for run in runs:
-        value = getattr(run.machine, varied) if varied else None
-        start = [] if value is None else [f"{value:,}" if varied in ("servers", "flops") else format_bytes(value)]
-        shown.add_row(*start, run.policy, *cells(run.as_dict()).values())
-    return shown
+    words = f"{facts['model']['name']}: {what}. {first.ended / 3600:,.1f} h in {wall:,.1f} s: {times}."
+    out.print(words, style="dim")

@@ -28,18 +28,24 @@ MOONCAKE_BLOCK = 512
 SESSION_BITS = 32
 """A block's key is its id plus the number of its file or session, shifted by so many bits."""
 
+LONG, SHORT, AGENT, SUBAGENT = "long", "short", "agent", "subagent"
+"""Categories of requests: prompts of chat by their length, those of agents by who asks."""
+
+LONG_TOKENS = 16_384
+
 Keys = npt.NDArray[np.int64]
 
 
 class Request(NamedTuple):
-    """One prompt. time: seconds since the trace began; blocks: keys of its prefix blocks, in order; pause: it ends in a
-    call of a tool, so that the same context comes back."""
+    """One prompt. time: seconds since the trace began; blocks: keys of its prefix blocks, in order, all different;
+    pause: it ends in a call of a tool, so that the same context comes back. category: for shares of the tiers."""
 
     time: float
     tokens: int
     output: int
     blocks: Keys
     pause: bool = False
+    category: str = ""
 
 
 class Trace(NamedTuple):
@@ -99,10 +105,14 @@ def _count(value: object, name: str, least: int) -> int:
 
 
 def _ids(value: object, tokens: int, block: int) -> npt.NDArray[np.int32]:
-    if not isinstance(value, list) or not all(type(i) is int and 0 <= i < 1 << 31 for i in value):
+    if not isinstance(value, list) or not set(map(type, value)) <= {int}:
+        raise ValueError("hash_ids must be a list of integers, from 0 to 2**31 - 1")
+    if value and not (min(value) >= 0 and max(value) < 1 << 31):
         raise ValueError("hash_ids must be a list of integers, from 0 to 2**31 - 1")
     if (len(value) - 1) * block >= tokens:
         raise ValueError(f"{len(value)} blocks of {block} tokens are more than the prompt of {tokens} tokens has")
+    if len(set(value)) != len(value):
+        raise ValueError("hash_ids names a block twice: a prompt has each of its prefixes once")
     return np.array(value, np.int32)
 
 
@@ -135,7 +145,8 @@ def _mooncake(path: Path, base: int) -> Iterator[Request]:
                 if time < last:
                     raise ValueError(f"it comes {last - time:g} s before the line above; sort by timestamp")
                 keys = _ids(ids, tokens, MOONCAKE_BLOCK).astype(np.int64) + base
-                request = Request(time, tokens, _count(output, "output_length", 0), keys)
+                category = LONG if tokens > LONG_TOKENS else SHORT
+                request = Request(time, tokens, _count(output, "output_length", 0), keys, False, category)
             except ValueError as error:
                 raise TraceError(str(path), number, str(error)) from error
             last = time
@@ -191,7 +202,9 @@ def _session(name: str, text: bytes) -> tuple[int, list[Request]]:
                 if tokens:  # a request that failed is recorded with none
                     tokens = _count(tokens, "in", 1)
                     keys: Any = _ids(ids, tokens, size)
-                    found.append(Request(time, tokens, _count(output, "out", 0), keys, one.get("stop") == "tool_use"))
+                    category = SUBAGENT if nested else AGENT
+                    answered = _count(output, "out", 0)
+                    found.append(Request(time, tokens, answered, keys, one.get("stop") == "tool_use", category))
     except ValueError as error:
         raise TraceError(name, None, f"{where}: {error}") from error
     return size, sorted(found, key=lambda request: request.time)

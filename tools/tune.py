@@ -5,7 +5,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,35 +18,23 @@ from alaya_tiers.config import Settings, format_bytes
 from alaya_tiers.errors import BudgetTooSmall, ConfigError, OutOfSpace
 from alaya_tiers.policies import EVICTION, PREFETCH, Watermark, by_name
 from alaya_tiers.tools import profile, recorded, search, toml
+from alaya_tiers.tools.described import described, machine_of
 from alaya_tiers.tools.hardware import Machine
+from alaya_tiers.tools.prices import Prices, prices
 from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Recording, is_recording, open_recording
 from alaya_tiers.tools.replay import Replay
 from alaya_tiers.tools.search import Outcome, Point, Space, Target, Trial
 from alaya_tiers.tools.shapes import NAMED, Shape, shape_of
-from alaya_tiers.tools.simulate import POLICIES, described, machine_of
+from alaya_tiers.tools.simulate import POLICIES
 from alaya_tiers.tools.simulator import TIERS, Simulator
 from alaya_tiers.tools.traces import FORMATS, Trace, open_trace
 
-GIB = 1 << 30
 SHARES = (0.03125, 0.0625, 0.125, 0.25, 0.5, 1.0)
 """Of the KV: what host budgets are tried."""
 
 UNMET = 1
 SHOWN = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Prices:
-    """Of a GiB, in any unit: what is weighed against time."""
-
-    device: float = 10.0
-    host: float = 1.0
-    ssd: float = 0.02
-
-    def of(self, device: float, host: float, ssd: float) -> float:
-        """Of so many bytes."""
-        return (device * self.device + host * self.host + ssd * self.ssd) / GIB
 
 
 class OfRun:
@@ -235,22 +223,6 @@ def seconds(name: str, text: str | None) -> float | None:
     return float(match[1]) / (1000 if match[2] == "ms" else 1)
 
 
-def prices(text: str | None) -> Prices:
-    """``"device=10,host=1,ssd=0.02"``: of a GiB. Raises ConfigError."""
-    found = {}
-    for one in (text or "").split(",") if text else ():
-        name, _, value = one.partition("=")
-        try:
-            found[name.strip()] = float(value)
-        except ValueError as error:
-            raise ConfigError(f"cannot read the price {one!r}; write e.g. host=1,ssd=0.02") from error
-    if unknown := sorted(set(found) - {"device", "host", "ssd"}):
-        raise ConfigError(f"no tier {unknown[0]!r} has a price: device, host, ssd")
-    if any(not 0 <= value < float("inf") for value in found.values()):
-        raise ConfigError("a price is at least 0")
-    return Prices(**found)
-
-
 def command(
     traces: Annotated[list[Path], typer.Argument(help="Recorded traces, one for each alpha; or request traces.")],
     tpot: Annotated[str | None, typer.Option(help="Recorded traces: at most so long for a token, e.g. 50ms.")] = None,
@@ -288,8 +260,9 @@ def command(
     else:
         if tpot is not None:
             raise ConfigError("--tpot is for recorded traces; requests have --ttft")
-        rates = ({} if known is None else known.machine()) | described(machine)
-        subject = OfRequests(open_trace(traces, form), shape_of(model), machine_of(rates), prices(price_of), limit)
+        shape = shape_of(model)
+        rates = ({} if known is None else known.machine(shape.layers)) | described(machine)
+        subject = OfRequests(open_trace(traces, form), shape, machine_of(rates), prices(price_of), limit)
     target = Target(seconds("--tpot", tpot) or seconds("--ttft", ttft), quality, price)
     with Console(stderr=True).status("") as status:
         found = tuned(
