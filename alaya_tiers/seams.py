@@ -218,6 +218,15 @@ def _private(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_CLOEXEC, 0o600)
 
 
+def _plain(handle: int, path: str, most: int | None = None) -> int:
+    """Bytes of a file. OSError, and it is closed, where it is a pipe, a folder or a device, or too long."""
+    status = os.fstat(handle)
+    if stat.S_ISREG(status.st_mode) and (most is None or status.st_size <= most):
+        return status.st_size
+    os.close(handle)
+    raise OSError(errno.EFBIG, "not a regular file, or too large", path)
+
+
 class SystemDisk:
     """The real file system."""
 
@@ -228,12 +237,15 @@ class SystemDisk:
         if create:
             _make_folders(os.path.dirname(path))
             flags |= os.O_CREAT
+        flags |= os.O_NONBLOCK  # a pipe that somebody put there must not make us wait
         try:
-            return os.open(path, flags, 0o600)
+            handle = os.open(path, flags, 0o600)
         except OSError as error:
             if create or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
                 raise
-            return os.open(path, flags & ~os.O_RDWR, 0o600)  # somebody else's store, to be read only
+            handle = os.open(path, flags & ~os.O_RDWR, 0o600)  # somebody else's store, to be read only
+        _plain(handle, path)
+        return handle
 
     def read(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
         return os.preadv(handle, buffers, offset)
@@ -314,11 +326,9 @@ class SystemDisk:
 
     def fetch(self, path: str, most: int) -> bytes:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        size = _plain(handle, path, most)
         with open(handle, "rb") as file:
-            status = os.fstat(handle)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > most:
-                raise OSError(errno.EFBIG, "not a regular file, or too large", path)
-            return file.read(status.st_size)  # read(most) would take that much memory first
+            return file.read(size)  # read(most) would take that much memory first
 
     def sync(self, path: str) -> None:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -7,19 +7,22 @@ More than usual: ALAYA_TIERS_HOSTILE=20000 (whole stores) and ALAYA_TIERS_FUZZ=2
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alaya_tiers.errors import StoreCorrupt
+from alaya_tiers.errors import StoreCorrupt, StoreError
 from alaya_tiers.repair import examine
 from alaya_tiers.seams import SystemDisk
 from alaya_tiers.store import Store
-from tests.fuzz import KINDS, changed, one, seeds
+from tests.fuzz import GOLDEN, KINDS, changed, one, seeds
+from tests.hostile import use
 from tests.test_cli import call
 
 STORES = int(os.environ.get("ALAYA_TIERS_HOSTILE", "10"))
@@ -76,3 +79,29 @@ def test_a_folder_that_is_a_link_is_refused_before_anything_is_touched(tmp_path:
     for command in ("ls", "show", "verify", "gc"):
         assert call(command, str(store)).exit_code == 2
     assert (home / "thesis.tex").read_text() == "years"
+
+
+@pytest.mark.parametrize("what", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_opened(tmp_path: Path, what: Callable[[Path], None]) -> None:
+    """A read from a pipe waits for ever, in io_submit too; and a folder that was opened must be closed again."""
+    what(tmp_path / "odd")
+    before = len(os.listdir("/proc/self/fd"))
+    for attempt in (lambda: SystemDisk().fetch(str(tmp_path / "odd"), 100), lambda: opened(tmp_path / "odd")):
+        with pytest.raises(OSError, match=r"not a regular|Is a directory"):
+            attempt()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def opened(path: Path) -> int:
+    return SystemDisk().open(str(path), create=False, direct=False)
+
+
+def test_a_pipe_in_place_of_keys_is_damage_to_a_sparse_session(tmp_path: Path) -> None:
+    """Single pages of blocks are read by another way than whole blocks."""
+    store = Path(shutil.copytree(GOLDEN, tmp_path / "store"))
+    for shard in store.glob("**/c/0/0/0"):
+        shard.unlink()
+        os.mkfifo(shard)
+    for mode in ("sparse", "exact"):
+        with pytest.raises(StoreError):
+            use(store, mode)
