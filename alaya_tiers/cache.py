@@ -31,6 +31,7 @@ from alaya_tiers.errors import ContextTooLong, InputError
 from alaya_tiers.explain import Explanation, explain
 from alaya_tiers.layer import AtHand, Layer, Row
 from alaya_tiers.ledger import Ids
+from alaya_tiers.needs import Needs
 from alaya_tiers.observe import observe
 from alaya_tiers.pace import Meter
 from alaya_tiers.picks import ahead
@@ -54,6 +55,8 @@ class Session:
         self.engine, self.most_tokens = engine, most_tokens
         self.layers: dict[int, Layer] = {}
         self.gathered = self.gathered_bytes = 0
+        self.needs: Needs | None = None
+        """What is known beforehand of what its heads will look for; stored with it."""
         self._meter = Meter(engine.steps, engine.clock)
         weakref.finalize(self, _let_go, self.layers, engine).atexit = False
 
@@ -265,6 +268,7 @@ class Session:
             for state in self.layers.values():
                 state.clear()
         self.layers.clear()
+        self.needs = None
 
     # ------------------------------------------------------------------ inside
     def _stored(self, state: Layer) -> int:

@@ -1,7 +1,8 @@
 """The commit order: everything a manifest names is durable before the manifest counts.
 
     1  written   blocks, shard indexes and metadata (by mover and store); a record for each new segment with token ids,
-                 places and digests of its blocks; the next manifest, with a digest of each record, under another name
+                 places and digests of its blocks; what heads need, if that is known; the next manifest, with digests of
+                 these, under another name
     2  fsync     all these files, and every directory on the way to them
     3  rename    the manifest gets its name: from here on it counts
     4  fsync     its directory
@@ -20,7 +21,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from alaya_tiers.errors import StoreCorrupt
-from alaya_tiers.manifest import MOST_BYTES, Manifest, Segment
+from alaya_tiers.manifest import MOST_BYTES, Context, Manifest, Segment
+from alaya_tiers.needs import MOST_BYTES as NEEDS_BYTES
+from alaya_tiers.needs import Needs
 from alaya_tiers.seams import Disk, write_new
 from alaya_tiers.tiers.ssd import translate
 from alaya_tiers.tiers.zarr_format import attributes_of, group_json
@@ -46,17 +49,19 @@ def prepare(
     files: Iterable[str],
     saved: Iterable[str],
     run: Callable[[list[Job]], None],
+    needs: Mapping[str, bytes],
 ) -> None:
     """Make everything that a manifest names durable, and itself. Raises StoreError; the one before counts.
 
-    records: of the new segments, by name. files: what else it names and was not made durable. saved: the same of files
-    that ``Disk.save`` wrote: only the directories on the way to them are in doubt. run: runs jobs, all of them to their
-    end, and raises the first error.
+    records: of the new segments, by name. needs: files of what heads need, by context. files: what else it names and
+    was not made durable. saved: the same of files that ``Disk.save`` wrote: only the directories on the way to them are
+    in doubt. run: runs jobs, all of them to their end, and raises the first error.
     """
     path = _generation(root, manifest.generation)
     groups = [os.path.join(root, folder, "zarr.json") for folder in (SEGMENTS, GENERATIONS)]
     written = {f"{path}.partial": group_json({"alaya_tiers": manifest.to_json()})}
     written |= {_record(root, name): data for name, data in records.items()}
+    written |= {needs_path(root, name): data for name, data in needs.items()}
     written |= {group: group_json({}) for group in groups if "zarr.json" not in disk.names(os.path.dirname(group))}
     for file, data in written.items():
         _write(disk, file, data)
@@ -91,6 +96,21 @@ def load_segment(disk: Disk, root: str, manifest: Manifest, name: str) -> Segmen
         return Segment.from_json(_ours(data, path), name, entry)
     except (ValueError, OverflowError) as error:
         raise StoreCorrupt(errno.EIO, f"a segment's record is damaged: {error}", path) from error
+
+
+def load_needs(disk: Disk, root: str, context: Context) -> Needs | None:
+    """What the heads of a context need, where that was stored and is there. ValueError, OSError where it is damaged."""
+    path = needs_path(root, context.id)
+    if not context.needs or os.path.basename(path) not in disk.names(os.path.dirname(path)):
+        return None
+    if not is_plain(disk, root, os.path.relpath(path, root)):
+        raise ValueError("a link leads to what heads need and was not followed")
+    return Needs.decoded(disk.fetch(path, NEEDS_BYTES), context.needs)
+
+
+def needs_path(root: str, context: str) -> str:
+    """Where the needs of a context are, if there are any."""
+    return os.path.join(root, SEGMENTS, context, "needs")
 
 
 def is_plain(disk: Disk, root: str, place: str) -> bool:

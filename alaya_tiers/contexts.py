@@ -5,12 +5,15 @@ ledger, their only copy being on ssd: nothing is read until attention asks. Sess
 they go on in, as forks do. What was opened stays known, so that what is in memory is of use to the next session.
 """
 
+import contextlib
 import errno
+import math
 import os
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -21,7 +24,7 @@ from torch import Tensor
 from alaya_tiers.adopted import Adopted, Held, Runs, ids_of
 from alaya_tiers.blocks import PAGE, round_up
 from alaya_tiers.cache import Session
-from alaya_tiers.commit import Job, encoded
+from alaya_tiers.commit import Job, encoded, load_needs
 from alaya_tiers.config import OnCorrupt
 from alaya_tiers.damage import shortened
 from alaya_tiers.engine import Engine
@@ -30,7 +33,9 @@ from alaya_tiers.identity import Identity, Tokens, segment_name
 from alaya_tiers.indexed import open_index, promise, save
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.manifest import Context, Entry, LayerBlocks, Manifest, Segment
+from alaya_tiers.needs import Needs, Samples
 from alaya_tiers.prefixes import Prefixes
+from alaya_tiers.sampling import count_needs, prime
 from alaya_tiers.snapshot import Shelf, Snapshot
 from alaya_tiers.store import Store
 from alaya_tiers.verify import FATAL, Damage
@@ -135,6 +140,9 @@ class Contexts:
             for place, number in enumerate(sorted(self._prefixes.record(rows[0][0]).layers)):
                 first = [np.concatenate([held[name][place][0] for name in names]) for names in rows]
                 session.layers[number] = self._layer(number, first, length)
+            needs = self._needs(rows[0])
+        if needs is not None and self.engine.sparse is not None:
+            prime(session, needs, -math.log(self.engine.settings.alpha))
         return session
 
     # ------------------------------------------------------------------ store
@@ -166,9 +174,10 @@ class Contexts:
         with self._lock:
             new = self._missing(parts)
             self._check_whole(session, new)
-            if new or any(i not in self.manifest.contexts for i in ids):
+            needed = [i for i in ids if session.needs is not None and self._needs([i]) is None]
+            if new or needed or any(i not in self.manifest.contexts for i in ids):
                 self._write_out(session, new, silent)
-                self._commit(session, root, identity, new, self._again(parts), ids)
+                self._commit(session, root, identity, new, self._again(parts), ids, needed)
         if self.engine.sparse is not None:
             self._index(session, list(parts.values()))
         return ids
@@ -181,11 +190,12 @@ class Contexts:
         tenant: str = "",
         say: Say = silent,
         keep_every: int = 0,
+        samples: Samples | None = None,
     ) -> str:
         """Store a context computed elsewhere, chunk by chunk, so that it never has to be in memory; its id.
 
         tokens: int64 [length]; chunks: of all of them, in order, one row each. What is stored already is not written
-        again. say: told how many tokens were taken. keep_every: see ``DB.import_context``. Raises InputError,
+        again. say: told how many tokens were taken. keep_every, samples: see ``DB.import_context``. Raises InputError,
         StoreError; nothing was stored then but what ``keep_every`` says.
         """
         self.store_here  # noqa: B018 - raises
@@ -208,6 +218,8 @@ class Contexts:
                 say(done, tokens.size)
             if done != tokens.size:
                 raise InputError(f"keys and values of {done} tokens for {tokens.size} token ids")
+            if samples is not None:
+                session.needs = count_needs(session, samples)
             name = self.store(session, tokens[None], identity, tenant)[0]
         finally:
             session.clear()
@@ -348,9 +360,19 @@ class Contexts:
             self.engine.write_out(flat, lambda left: say(flat.size - left, flat.size))
 
     def _commit(
-        self, session: Session, root: str, identity: Identity, new: list[Part], again: dict[str, Entry], ids: list[str]
+        self,
+        session: Session,
+        root: str,
+        identity: Identity,
+        new: list[Part],
+        again: dict[str, Entry],
+        ids: list[str],
+        needed: list[str],
     ) -> None:
-        """Store segments whose blocks are on disk, and the contexts ``ids``; they count when this returns."""
+        """Store segments whose blocks are on disk, and the contexts ``ids``; they count when this returns.
+
+        needed: of these, whose needs are stored too.
+        """
         engine, old, store = self.engine, self.manifest, self.store_here
         held = {part.name: _held(session, part) for part in new}
         segments = {part.name: self._segment(session, part, held[part.name]) for part in new}
@@ -361,7 +383,12 @@ class Contexts:
             entries[name] = Entry(segment.before, segment.start, segment.tokens.size, digest, segment.files)
         after = self._prefixes.arranged(segments, {n: entries[n] for n in {**segments, **again}})
         used = {folder for entry in entries.values() for folder in entry.files}
-        added = {i: Context(i, entries[i].start + entries[i].tokens, time.time()) for i in ids}
+        added = {i: Context(i, entries[i].start + entries[i].tokens, time.time()) for i in ids} | dict(old.contexts)
+        needs = dict[str, bytes]()
+        if session.needs is not None:
+            data, digest = session.needs.encoded()
+            needs = dict.fromkeys(needed, data)
+            added |= {i: replace(added[i], needs=digest) for i in needed}
         files = {name: engine.mover.ssd.live_bytes(number) for name, number in numbers.items()}
         files |= {
             name: store.lent_files[name] for entry in again.values() for name in entry.files if name in self._late
@@ -370,7 +397,7 @@ class Contexts:
             old.generation + 1,
             {**old.identities, root: identity},
             {name: entries[name] for siblings in after.values() for name in siblings},
-            {**added, **old.contexts},
+            added,
             {**{n: b for n, b in old.files.items() if n in used}, **files},
             ordered=True,
         )
@@ -379,7 +406,8 @@ class Contexts:
             for number in numbers.values():
                 engine.mover.ssd.keep(number)
         try:
-            store.commit(manifest, records, shards, saved, partial(self._run, numbers=list(numbers.values())))
+            run = partial(self._run, numbers=list(numbers.values()))
+            store.commit(manifest, records, shards, saved, run, needs)
         except BaseException:
             if not store.torn:  # else the next opening may find that the commit succeeded, and need them
                 with engine.mover.lock:
@@ -515,6 +543,14 @@ class Contexts:
                 self.engine.mover.ledger.retain(made.ids(needed).ravel())
             made.rows.append(Row(self.engine.new_stream(), needed))
         return made
+
+    def _needs(self, names: Sequence[str]) -> Needs | None:
+        """What the heads of the longest context among these need, if that was stored."""
+        store, contexts = self.shelf, self.manifest.contexts
+        known = (n for n in reversed(names) if n in contexts and contexts[n].needs)
+        with contextlib.suppress(OSError, ValueError):  # nothing but plans depends on it
+            return next((load_needs(store.disk, store.path, contexts[n]) for n in known), None)
+        return None
 
     def _known(self, context: str) -> Context:
         found = self.manifest.contexts.get(context)

@@ -123,11 +123,15 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """A stored context: its last segment's name is its id. created: seconds since 1970."""
+    """A stored context: its last segment's name is its id. created: seconds since 1970.
+
+    needs: sha256 of the file that says what its heads need (``alaya_tiers.needs``), "" without one.
+    """
 
     id: str
     tokens: int
     created: float
+    needs: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,7 +195,10 @@ class Manifest:
             "generation": self.generation,
             "identities": {n: asdict(i) for n, i in self.identities.items()},
             "segments": {n: _entry_json(e, number) for n, e in self.segments.items()},
-            "contexts": {n: {"tokens": c.tokens, "created": c.created} for n, c in self.contexts.items()},
+            "contexts": {
+                n: {"tokens": c.tokens, "created": c.created} | ({"needs": c.needs} if c.needs else {})
+                for n, c in self.contexts.items()
+            },
             "files": [[name, self.files[name]] for name in names],
         }
         if self.ordered:
@@ -332,7 +339,8 @@ def _entry(data: Any, names: list[str]) -> Entry:
 
 
 def _context(name: str, data: Any) -> Context:
-    return Context(name, _count(data, "tokens", 1), float(_of(data, "created", float)))
+    needs = _text(data, "needs", _NAME) if "needs" in data else ""
+    return Context(name, _count(data, "tokens", 1), float(_of(data, "created", float)), needs)
 
 
 def _layer(data: Any, tokens: int) -> LayerBlocks:

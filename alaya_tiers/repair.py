@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from alaya_tiers.commit import (
     finish,
     is_plain,
     load_generation,
+    load_needs,
     load_segment,
     newest,
     numbers,
@@ -125,7 +126,7 @@ def repair(disk: Disk, root: str, found: Examined) -> None:
     manifest = found.manifest
     if found.lost or not found.counts:
         manifest = replace(found.left, generation=max(numbers(disk, root), default=0) + 1)
-        _commit(disk, root, manifest, {}, [])
+        _commit(disk, root, manifest, {}, [], {})
     segments = {name: load_segment(disk, root, manifest, name) for name in manifest.segments}
     arrays = {os.path.dirname(_array_file(d)) for d in found.damage if d.kind in ("shard", "metadata") and d.segment}
     for folder in sorted(os.path.relpath(path, root) for path in arrays):
@@ -160,7 +161,7 @@ def salvage(disk: Disk, root: str, found: Examined, target: str, say: Say) -> Ma
             files += write_array(disk, root, target, folder, segments.values(), manifest)
             say(done + 1, len(manifest.files))
         records = {n: disk.fetch(os.path.join(root, SEGMENTS, n, "zarr.json"), MOST_BYTES) for n in manifest.segments}
-        _commit(disk, target, manifest, records, files)
+        _commit(disk, target, manifest, records, files, _needs(disk, root, manifest))
         for name, entry in manifest.segments.items():
             path = os.path.join(root, SEGMENTS, name, "index")
             if "index" in disk.names(os.path.dirname(path)) and problem_of(disk, path, entry.digest) is None:
@@ -172,8 +173,20 @@ def salvage(disk: Disk, root: str, found: Examined, target: str, say: Say) -> Ma
         disk.close(lock)
 
 
-def _commit(disk: Disk, root: str, manifest: Manifest, records: dict[str, bytes], files: list[str]) -> None:
-    prepare(disk, root, manifest, records, files, [], _run)
+def _needs(disk: Disk, root: str, manifest: Manifest) -> dict[str, bytes]:
+    """What is known of what heads need, and whole."""
+    found = dict[str, bytes]()
+    for context in manifest.contexts.values():
+        with contextlib.suppress(OSError, ValueError):
+            needs = load_needs(disk, root, context)
+            found |= {} if needs is None else {context.id: needs.encoded()[0]}
+    return found
+
+
+def _commit(
+    disk: Disk, root: str, manifest: Manifest, records: dict[str, bytes], files: list[str], needs: Mapping[str, bytes]
+) -> None:
+    prepare(disk, root, manifest, records, files, [], _run, needs)
     put_in_place(disk, root, manifest)
     finish(disk, root, manifest)
 

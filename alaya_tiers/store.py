@@ -11,6 +11,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -111,6 +112,7 @@ class Store(Shelf):
         files: Iterable[str],
         saved: Iterable[str],
         run: Callable[[list[Job]], None],
+        needs: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         """Make files, new records and then the manifest durable; see ``commit.prepare``. Raises StoreError.
 
@@ -119,7 +121,7 @@ class Store(Shelf):
         """
         if self.torn:
             raise IOFailed(errno.EIO, "the last commit failed so late that only a new opening can tell how", self.path)
-        prepare(self._disk, self.path, manifest, records, files, saved, run)
+        prepare(self._disk, self.path, manifest, records, files, saved, run, needs)
         self.torn = True
         try:
             put_in_place(self._disk, self.path, manifest)

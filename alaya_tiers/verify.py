@@ -11,9 +11,9 @@ import torch
 from alaya_tiers import digest
 from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
 from alaya_tiers.coded import problem_of
-from alaya_tiers.commit import GENERATIONS, SEGMENTS, is_plain, load_segment
+from alaya_tiers.commit import GENERATIONS, SEGMENTS, is_plain, load_needs, load_segment, needs_path
 from alaya_tiers.errors import StoreCorrupt
-from alaya_tiers.manifest import MOST_BYTES, LayerBlocks, Manifest, Segment
+from alaya_tiers.manifest import MOST_BYTES, Context, LayerBlocks, Manifest, Segment
 from alaya_tiers.seams import Disk, read_up_to
 from alaya_tiers.tiers.zarr_format import array_json, group_json, shard_offsets, storable
 
@@ -30,8 +30,8 @@ class Damage(NamedTuple):
 
     contexts: ids of those that need it. path: the file. kind: "format" (what the store says it is), "manifest",
     "record" (of a segment), "blocks" (keys and values), "shard" and "metadata" (we can read it, other Zarr readers
-    cannot), "index" (codes: made again when needed), "leftover" (belongs to nothing). segment: the name of the segment
-    it belongs to. run: for blocks, which run of the segment.
+    cannot), "index" (codes, made again when needed; what heads need), "leftover" (belongs to nothing). segment: its
+    name, where it belongs to one. run: for blocks, which run of the segment.
     """
 
     contexts: tuple[str, ...]
@@ -71,6 +71,8 @@ def verify(disk: Disk, root: str, manifest: Manifest, say: Callable[[int, int], 
             path = f"{root}/{SEGMENTS}/{name}/index"
             if problem := problem_of(disk, path, manifest.segments[name].digest):
                 yield Damage(contexts, path, problem, "index", name)
+        if name in manifest.contexts:
+            yield from _needs(disk, root, manifest.contexts[name])
         say(done + 1, len(manifest.segments))
 
 
@@ -97,6 +99,14 @@ def flaws(disk: Disk, root: str, segment: Segment, tokens: int, *, blocks_only: 
                 yield Flaw(path, f"cannot be read: {error.strerror}", "blocks", min(here, default=0))
             if not blocks_only:
                 yield from _metadata(disk, f"{root}/{folder}/zarr.json", segment, layer, place, shape, tokens, number)
+
+
+def _needs(disk: Disk, root: str, context: Context) -> Iterator[Damage]:
+    """What is wrong with the needs of a context: nothing, if there are none."""
+    try:
+        load_needs(disk, root, context)
+    except (OSError, ValueError) as error:
+        yield Damage((context.id,), needs_path(root, context.id), f"not used: {error}", "index", context.id)
 
 
 def is_group(data: bytes) -> bool:

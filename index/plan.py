@@ -20,6 +20,9 @@ Heads = npt.NDArray[np.float64]
 LONGEST_PAUSE = 63
 """Steps in a row that a head reads everything without asking whether it still must."""
 
+PRIMED_PAUSE = 7
+"""The same at first, of a head that needs nearly everything as samples say: as after three looks in vain."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rates:
@@ -102,9 +105,17 @@ class History:
         """Tokens that the last step saw."""
         self.predicted = self.measured = 0.0
         """Seconds of the last step: as planned, and as it was."""
+        self._primed = False
+
+    def prime(self, found: Heads) -> None:
+        """What each head is likely to find, before it looked for the first time."""
+        self.found, self._primed = np.asarray(found, np.float64).copy(), True
 
     def plan(self, step: Step, rates: Rates, target: float | None, most: int | None) -> Choice:
         """What the next step does. target: seconds it may take; most: keys a head may find in any case."""
+        if self._primed:
+            dear = step.picks(self.found, rates) + step.scan(rates) > step.flat(rates)
+            self.pause, self.left, self._primed = dear * PRIMED_PAUSE, dear * PRIMED_PAUSE, False
         look = self.left == 0
         self.left[~look] -= 1
         if target is not None:

@@ -20,7 +20,7 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError, InputError, StoreCorrupt, StoreFormat
 from alaya_tiers.hf.cache import AlayaCache, model_of, positions_of
 from alaya_tiers.hf.continuing import weights_digest
-from alaya_tiers.hf.stored import StoredCache, check_layers, see
+from alaya_tiers.hf.stored import StoredCache, check_layers, samples_of, see
 from alaya_tiers.identity import Identity, Tokens, model_digest
 from alaya_tiers.manifest import Context, Manifest
 from alaya_tiers.observe import observe
@@ -213,6 +213,7 @@ class DB:
         lossy: bool = False,
         say: Say = silent,
         keep_every: int = 0,
+        queries: Sequence[Tensor] | None = None,
     ) -> str:
         """Store a context that was computed elsewhere; its id.
 
@@ -221,6 +222,9 @@ class DB:
         computed by approximate attention. say: told how many tokens were taken, of how many. keep_every: make what is
         there durable after so many tokens, rounded up to whole segments, as a context of its own that goes when the
         import is complete; one that was cut off is given again and writes only what is missing. 0 = all or nothing.
+        queries: samples of queries over this context, for each layer [query_heads, n, head_dim] as attention gets them
+        (rotated, not scaled). What their heads need is counted once and stored: the first step of a sparse session on
+        the context, or on one that goes on from it, is planned as if it had made many before. All keys are read twice.
 
         Raises InputError, UnsupportedModel, StoreError; nothing was stored then but what ``keep_every`` says.
         """
@@ -231,13 +235,17 @@ class DB:
         if ids.shape[0] != 1:
             raise InputError(f"one context at a time: input_ids has {ids.shape[0]} rows")
         self._require(model.config)
+        samples = None if queries is None else samples_of(model, queries)
         chunks = _chunks(kv)
         first = next(chunks, None)
         if not first:
             raise InputError("there are no keys and values to store")
         dtype = str(first[0][0].dtype).removeprefix("torch.")
         identity = self._identity_of(weights_digest(model), dtype, lossy=lossy)
-        return self._contexts.load(ids[0].numpy(), _with(first, chunks), identity, self._tenant, say, keep_every)
+        if samples is not None:
+            samples.fit({n: (k.shape[-3], k.shape[-1]) for n, (k, _) in enumerate(first)})
+        kv = _with(first, chunks)
+        return self._contexts.load(ids[0].numpy(), kv, identity, self._tenant, say, keep_every, samples)
 
     def export_context(self, context: str) -> tuple[Tensor, Iterator[Chunk]]:
         """Token ids [tokens] of a context, and its keys and values, segment by segment: what import_context takes."""

@@ -16,6 +16,7 @@ from alaya_tiers.errors import InputError, SessionClosed, UnsupportedModel
 from alaya_tiers.hf.cache import AlayaCache, positions_of
 from alaya_tiers.hf.continuing import weights_digest
 from alaya_tiers.hf.layer import AlayaLayer
+from alaya_tiers.needs import Samples
 from alaya_tiers.policies import Reuse
 from alaya_tiers.stats import Stats
 
@@ -164,6 +165,17 @@ def _beside(arguments: dict[str, Any], length: int) -> str | None:
         if positions.shape[-1] != ids.shape[1] or not bool((positions == expected).all()):
             return "positions do not count from 0"
     return None
+
+
+def samples_of(model: PreTrainedModel, queries: Any) -> Samples:
+    """Query samples of this model's layers, with the scale and the cap of its attention. Raises InputError."""
+    found = dict[int, float]()
+    for module in model.modules():
+        layer, scale = getattr(module, "layer_idx", None), getattr(module, "scaling", None)
+        if isinstance(layer, int) and isinstance(scale, float):
+            found[layer] = scale
+    softcap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+    return Samples.of(queries, lambda layer, dim: found.get(layer, float(dim) ** -0.5), softcap)
 
 
 def check_layers(config: PretrainedConfig) -> None:
