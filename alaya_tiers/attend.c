@@ -33,13 +33,16 @@ enum { NEAR = 4 }; /* tokens */
 enum { PIECES = 8 };      /* pieces per thread, so that a thread that loses its core does not hold up the others */
 enum { PIECE_BYTES = 1 << 16, THREAD_BYTES = 1 << 17, MAX_THREADS = ALAYA_MAX_THREADS, PATIENCE = 4000 };
 
+/* Numbers of a row: its first k_dim are the key, v_dim from v_at on the value. They follow each other, or overlap (MLA). */
+static int64_t row_of(int64_t k_dim, int64_t v_dim, int64_t v_at) { return k_dim > v_at + v_dim ? k_dim : v_at + v_dim; }
+
 typedef struct { int32_t block, first, count, position; int64_t before; } span; /* before: tokens in earlier spans */
 
 typedef struct job {
     const float *q;
     const int64_t *addresses;
     const int32_t *lo, *hi;
-    int64_t heads, rows, blocks, address_stride, k_dim, v_dim, k_pad, v_pad, row_bytes, itemsize;
+    int64_t heads, rows, blocks, address_stride, k_dim, v_dim, v_at, k_pad, v_pad, row_bytes, itemsize;
     int32_t dtype, tile; /* tile: tokens */
     float scale, softcap;
     float *out, *lse, *top; /* top: the largest score, if asked for */
@@ -350,14 +353,14 @@ static void (*best_piece(void))(const job *, int64_t, int64_t, int64_t, float *,
 /* Returns 0, or -1 when memory ran out. softcap 0 is none. */
 int alaya_attend_blocks(int64_t threads, const float *q, const int64_t *addresses,
                  const int32_t *starts, const int32_t *counts, const int32_t *lo, const int32_t *hi, int64_t heads,
-                 int64_t rows, int64_t blocks, int64_t address_stride, int64_t k_dim, int64_t v_dim, int32_t dtype,
+                 int64_t rows, int64_t blocks, int64_t address_stride, int64_t k_dim, int64_t v_dim, int64_t v_at, int32_t dtype,
                  float scale, float softcap, float *out, float *lse, float *top)
 {
     int64_t itemsize = dtype == F32 ? 4 : 2;
     job j = {.q = q, .addresses = addresses, .address_stride = address_stride, .lo = lo, .hi = hi,
              .heads = heads, .rows = rows, .blocks = blocks,
-             .k_dim = k_dim, .v_dim = v_dim, .k_pad = up(k_dim, 16), .v_pad = up(v_dim, 16), .dtype = dtype,
-             .row_bytes = (k_dim + v_dim) * itemsize, .itemsize = itemsize, .scale = scale, .softcap = softcap,
+             .k_dim = k_dim, .v_dim = v_dim, .v_at = v_at, .k_pad = up(k_dim, 16), .v_pad = up(v_dim, 16), .dtype = dtype,
+             .row_bytes = row_of(k_dim, v_dim, v_at) * itemsize, .itemsize = itemsize, .scale = scale, .softcap = softcap,
              .out = out, .lse = lse, .top = top, .piece = best_piece()};
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     if (!(j.spans = malloc(sizeof(span) * (size_t)(blocks + 1)))) return -1;
@@ -394,14 +397,14 @@ static void one_list_piece(void *data, int64_t item, int64_t worker)
 
 /* Returns 0, or -1 when memory ran out. */
 int alaya_attend_lists(int64_t threads, const float *q, const int64_t *addresses, const int64_t *first, int64_t heads,
-                       int64_t rows, int64_t k_dim, int64_t v_dim, int32_t dtype, float scale, float softcap,
+                       int64_t rows, int64_t k_dim, int64_t v_dim, int64_t v_at, int32_t dtype, float scale, float softcap,
                        float *out, float *lse)
 {
     int64_t tokens = first[heads], most = 0, itemsize = dtype == F32 ? 4 : 2, pieces = 0, scratch;
     for (int64_t h = 0; h < heads; h++)
         if (first[h + 1] - first[h] > most) most = first[h + 1] - first[h];
-    job shape = {.heads = 1, .rows = rows, .k_dim = k_dim, .v_dim = v_dim, .k_pad = up(k_dim, 16), .v_pad = up(v_dim, 16),
-                 .dtype = dtype, .row_bytes = (k_dim + v_dim) * itemsize, .itemsize = itemsize, .scale = scale,
+    job shape = {.heads = 1, .rows = rows, .k_dim = k_dim, .v_dim = v_dim, .v_at = v_at, .k_pad = up(k_dim, 16), .v_pad = up(v_dim, 16),
+                 .dtype = dtype, .row_bytes = row_of(k_dim, v_dim, v_at) * itemsize, .itemsize = itemsize, .scale = scale,
                  .softcap = softcap, .tokens = most, .piece = best_piece()};
     if (threads > MAX_THREADS) threads = MAX_THREADS;
     threads = plan(&shape, threads);
@@ -615,10 +618,10 @@ INLINE void NAME(rows)(const job *j, const tile *t, const tile *next, const floa
         return;
     }
     for (; d + 4 * VL <= j->v_dim; d += 4 * VL)
-        NAME(sweep)(t, next, (j->k_dim + d) * size, s, acc + d, j->v_pad, 0, dtype, R, 4);
+        NAME(sweep)(t, next, (j->v_at + d) * size, s, acc + d, j->v_pad, 0, dtype, R, 4);
     for (; d + VL <= j->v_dim; d += VL)
-        NAME(sweep)(t, next, (j->k_dim + d) * size, s, acc + d, j->v_pad, 0, dtype, R, 1);
-    if (d < j->v_dim) NAME(sweep)(t, next, (j->k_dim + d) * size, s, acc + d, j->v_pad, j->v_dim - d, dtype, R, 1);
+        NAME(sweep)(t, next, (j->v_at + d) * size, s, acc + d, j->v_pad, 0, dtype, R, 1);
+    if (d < j->v_dim) NAME(sweep)(t, next, (j->v_at + d) * size, s, acc + d, j->v_pad, j->v_dim - d, dtype, R, 1);
 }
 
 /* One pass over the keys or values of a tile for all rows. */

@@ -42,6 +42,11 @@ class Partial(NamedTuple):
     lse: Tensor
 
 
+def parts_of_row(k_dim: int, v_dim: int, *, latent: bool) -> tuple[int, int, int]:
+    """Numbers of what queries are compared with, of what is summed, and before the latter, in a row [k | v]."""
+    return (k_dim + v_dim, k_dim, 0) if latent else (k_dim, v_dim, k_dim)
+
+
 @dataclass(frozen=True, slots=True)
 class BlockList:
     """Resident blocks of one layer and sequence, as the kernels see them. Owns nothing: keep the memory alive.
@@ -49,6 +54,7 @@ class BlockList:
     addresses: int64 [kv_heads, blocks], address of the first row of each block.
     starts: int32 [blocks], position of each block's first token; no position twice, any order.
     counts: int32 [blocks], valid tokens of each block.
+    latent: the key is the whole row [k | v], and k is the value (MLA: k is the latent, v the rotary key).
     """
 
     addresses: npt.NDArray[np.int64]
@@ -57,6 +63,7 @@ class BlockList:
     k_dim: int
     v_dim: int
     dtype: torch.dtype
+    latent: bool = False
 
     def __post_init__(self) -> None:
         heads_blocks, blocks = self.addresses.shape, self.addresses.shape[-1:]
@@ -68,6 +75,11 @@ class BlockList:
             raise ValueError("addresses, starts and counts must be contiguous in their last dimension")
         if self.k_dim < 1 or self.v_dim < 1:
             raise ValueError(f"k_dim {self.k_dim} and v_dim {self.v_dim} must be at least 1")
+
+    @property
+    def parts(self) -> tuple[int, int, int]:
+        """Numbers of a key, of a value, and before the value, in a row."""
+        return parts_of_row(self.k_dim, self.v_dim, latent=self.latent)
 
     @property
     def row_bytes(self) -> int:
@@ -93,16 +105,17 @@ def attend_blocks(
     """
     heads, rows, k_dim = q.shape
     low, high = _int32(lo), _int32(hi)
-    if (heads, k_dim) != (blocks.addresses.shape[0], blocks.k_dim) or low.shape != (rows,) or high.shape != (rows,):
+    key, value, _ = blocks.parts
+    if (heads, k_dim) != (blocks.addresses.shape[0], key) or low.shape != (rows,) or high.shape != (rows,):
         raise ValueError(f"q {tuple(q.shape)}, lo {low.shape}, hi {high.shape} do not fit {blocks.addresses.shape}")
     code = kernel.DTYPES.get(blocks.dtype)
     if code is None:
         return _attend_gathered(q, blocks, scale, low, high, softcap)
     query = q.detach().to("cpu", torch.float32).contiguous()
-    out = torch.empty(heads, rows, blocks.v_dim)
+    out = torch.empty(heads, rows, value)
     lse = torch.empty(heads, rows)
     kernel.attend(
-        query, blocks.addresses, blocks.starts, blocks.counts, (k_dim, blocks.v_dim, code), scale, softcap or 0.0,
+        query, blocks.addresses, blocks.starts, blocks.counts, (*blocks.parts, code), scale, softcap or 0.0,
         low, high, out, lse, top,
     )  # fmt: skip
     return Partial(out, lse) if q.is_cpu else Partial(out.to(q.device), lse.to(q.device))
@@ -117,16 +130,20 @@ def attend_lists(
     dtype: torch.dtype,
     scale: float,
     softcap: float | None = None,
+    *,
+    latent: bool = False,
 ) -> Partial:
     """Attention of a few rows over tokens of each head's own, each a row [k | v] in memory.
 
     q: [kv_heads, rows, k_dim], any float dtype. addresses: int64 [all tokens], head after head; first: int64
-    [kv_heads + 1], where each head's begin and the last one's end. dtype: one of kernel.DTYPES.
+    [kv_heads + 1], where each head's begin and the last one's end. dtype: one of kernel.DTYPES. latent: see BlockList;
+    q: [kv_heads, rows, k_dim + v_dim].
     """
     heads, rows, _ = q.shape
     query = q.detach().to("cpu", torch.float32).contiguous()
-    out, lse = torch.empty(heads, rows, v_dim), torch.empty(heads, rows)
-    dims = (k_dim, v_dim, kernel.DTYPES[dtype])
+    parts = parts_of_row(k_dim, v_dim, latent=latent)
+    out, lse = torch.empty(heads, rows, parts[1]), torch.empty(heads, rows)
+    dims = (*parts, kernel.DTYPES[dtype])
     kernel.attend_lists(
         query, np.ascontiguousarray(addresses), np.ascontiguousarray(first), dims, scale, softcap or 0.0, out, lse
     )
@@ -324,7 +341,8 @@ def _attend_gathered(
     _copy_rows(blocks, np.flatnonzero(counts), blocks.starts.astype(np.int64), counts, place, scratch)
     positions = np.repeat(blocks.starts - place, counts) + np.arange(n)
     visible = torch.from_numpy((positions >= lo[:, None]) & (positions < hi[:, None]))
-    k, v = scratch[..., : blocks.k_dim], scratch[..., blocks.k_dim :]
+    key, value, at = blocks.parts
+    k, v = scratch[..., :key], scratch[..., at : at + value]
     out, lse = attend_naive(q.detach().cpu(), k, v, scale, visible, softcap)
     return Partial(out.to(q.device, torch.float32), lse.to(q.device, torch.float32))
 

@@ -127,6 +127,8 @@ class Session:
         """
         self.engine.check_open()
         state, began = self.layers[layer], self.engine.clock.monotonic()
+        if self.engine.partitions is not None:
+            self.engine.partitions.attended(layer, latent=latent)
         with self.engine.mover.lock:
             self.engine.mover.ledger.begin_pass(layer)
         rows, heads, n, _ = q.shape
@@ -134,8 +136,8 @@ class Session:
         out = q.new_empty(rows, heads, n, v_dim)
         for r, row in enumerate(state.rows):
             done = 0
-            if self.engine.sparse is not None and not latent and visible[r].extra is None:
-                done = self._sparse(state, row, q[r], visible[r], scale, softcap, sinks, out[r])
+            if self.engine.sparse is not None and visible[r].extra is None:
+                done = self._sparse(state, row, q[r], visible[r], scale, softcap, sinks, out[r], latent=latent)
             if done < n:
                 seen = visible[r].part(done, n) if done else visible[r]
                 part = self._exact(
@@ -146,7 +148,7 @@ class Session:
             for row in state.rows:
                 self.engine.partitions.want(state.ids(row.first[: state.length // state.shape.tokens]))
         seconds = self.engine.clock.monotonic() - began
-        if n * heads <= FEW_ROWS * state.shape.geometry.kv_heads:
+        if n <= max(1, FEW_ROWS * state.shape.geometry.kv_heads // heads):
             state.history.measured = seconds
         self._meter.attended()
         if (recorder := self.engine.recorder) is not None:
@@ -163,20 +165,24 @@ class Session:
         softcap: float | None,
         sinks: Tensor | None,
         out: Tensor,
+        *,
+        latent: bool,
     ) -> int:
         """Sparse attention of the first queries, into ``out``; of how many. The others are to be attended exactly."""
         engine, (heads, n, _) = self.engine, q.shape
-        use, most = engine.sparse, max(1, FEW_ROWS * state.shape.geometry.kv_heads // heads)
+        use, partitions = engine.sparse, engine.partitions
+        most = max(1, FEW_ROWS * state.shape.geometry.kv_heads // heads)
         assert use is not None
+        assert partitions is not None
         if n > most and not engine.settings.sparse_prefill:
             return 0
         history = state.history if n <= most else state.prefill
         for start in range(0, n, most):
             end = min(n, start + most)
+            asked = sparse.Asked(state, row, self._grouped(state, q[:, start:end]), scale, softcap, latent)
             part = sparse.attend(
-                state, row, history, self._grouped(state, q[:, start:end]), visible.part(start, end), scale, softcap,
-                partial(self._blocks, state, row), use,
-            )  # fmt: skip
+                asked, history, visible.part(start, end), partial(self._blocks, state, row), use, partitions
+            )
             if part is None:
                 use.exact += heads * (n - start)
                 return start
@@ -326,12 +332,12 @@ class Session:
         if not visible.lo.size:
             return
         group = q.shape[1] // visible.lo.size
-        few = q.shape[1] <= FEW_ROWS and visible.extra is None and not latent
+        few = q.shape[1] <= FEW_ROWS and visible.extra is None
         lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
         past = None if few else visible.past
         for piece in self._pieces(state, row, visible):
             if few and isinstance(piece, BlockList):
-                yield attend_blocks(q, piece, scale, lo, hi, softcap)
+                yield attend_blocks(q, replace(piece, latent=latent), scale, lo, hi, softcap)
                 continue
             for tile in tiles(piece, visible) if isinstance(piece, BlockList) else [piece]:
                 k, v = (tile.rows, tile.k) if latent else (tile.k, tile.v)

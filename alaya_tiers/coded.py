@@ -16,7 +16,7 @@ import xxhash
 from alaya_tiers.index.codes import Layout
 from alaya_tiers.seams import Disk, read_up_to
 
-MAGIC = b"alaya-index-1"
+MAGIC, FAMILY = b"alaya-index-2", b"alaya-index-"
 MOST_HEADER = 64 << 20
 TOGETHER = 1 << 20
 """Bytes of codes read at a time."""
@@ -41,6 +41,10 @@ class LayerCodes:
         return self.kv_heads * self.layout.nbytes
 
 
+class OtherCodes(ValueError):
+    """Codes of another version: not damaged, but to be made anew."""
+
+
 class Header(NamedTuple):
     """record: digest of the record the codes belong to."""
 
@@ -60,6 +64,8 @@ def header_of(disk: Disk, handle: int) -> Header:
     """The header of an open file; offsets in it count from the file's begin. ValueError, OSError if it is not whole."""
     try:
         magic, digest, length = read_up_to(disk, handle, 0, _FIRST_LINE).split(b"\n")[0].split(b" ")
+        if magic != MAGIC and magic.startswith(FAMILY) and magic[len(FAMILY) :].isdigit():
+            raise OtherCodes(f"codes of version {magic[len(FAMILY) :].decode()}")
         if magic != MAGIC or not length.isdigit() or len(length) > 9 or int(length) > MOST_HEADER:
             raise ValueError("not a file of codes")
         header = read_up_to(disk, handle, _FIRST_LINE, int(length))
@@ -95,7 +101,8 @@ def runs_of(disk: Disk, handle: int, codes: LayerCodes, runs: list[int]) -> Iter
 
 
 def problem_of(disk: Disk, path: str, record: str) -> str | None:
-    """What is wrong with the codes of the segment whose record has this digest; None if nothing, or there are none."""
+    """What is wrong with the codes of the segment whose record has this digest; None if nothing, or there are none, or
+    those of another version, which nobody reads."""
     try:
         handle = disk.open(path, create=False, direct=False)
     except FileNotFoundError:
@@ -110,6 +117,8 @@ def problem_of(disk: Disk, path: str, record: str) -> str | None:
             for run, digest in enumerate(codes.digests):
                 if digest and run_of(disk, handle, codes, run) is None:
                     return f"the codes of run {run} of layer {number} are damaged"
+        return None
+    except OtherCodes:
         return None
     except (OSError, ValueError) as error:
         return f"the codes cannot be used: {error}"

@@ -58,8 +58,11 @@ class Settings:
     alpha: sparse mode attends to every key with at least this share of the largest weight (DIPR). The paper's 0.012 is
         faster, and its output error several times as large: docs/benchmarks.md.
     recent_tokens: last tokens of the context that sparse mode always attends to, beside sink_tokens first ones.
+    least_mass: share of the attention that every query head is to attend to and not to estimate: heads in which what
+        ``alpha`` asks for holds less look for more keys, or read all; 0 = alpha alone. Not with most_selected or
+        attention_target, which bound the keys of a step: the statistics tell what they leave out.
     most_selected: at most so many keys for each kv head beyond these; None = as many as are near enough.
-    index_bits: bits of each number of a coded key, 4 or 8.
+    index_bits: bits of each number of a coded key, 4 or 8. 8 find fewer keys that do not matter, in twice the memory.
     index_sure: standard deviations of a code's error that are allowed for; 0 = any error there can be (complete).
     index_budget: bytes of codes in memory; None = no limit. What finds no room is attended exactly, with a warning.
     measure_mass: sparse mode also attends exactly and compares, for its statistics. Slow.
@@ -97,9 +100,10 @@ class Settings:
     mode: Mode = "exact"
     alpha: float = 0.001
     recent_tokens: int = 512
+    least_mass: float = 0.8
     most_selected: int | None = None
-    index_bits: int = 8
-    index_sure: float = 3.0
+    index_bits: int = 4
+    index_sure: float = 2.0
     index_budget: int | None = 2 << 30
     measure_mass: bool = False
     sparse_prefill: bool = False
@@ -139,6 +143,8 @@ class Settings:
                 raise ConfigError(f"{name} is a share between 0 and 1, got {getattr(self, name)!r}")
         if not 0 < self.alpha <= 1:
             raise ConfigError(f"alpha is a share of the largest weight, above 0 and at most 1, got {self.alpha!r}")
+        if not 0 <= self.least_mass < 1:
+            raise ConfigError(f"least_mass is a share of the attention, 0 to below 1, got {self.least_mass!r}")
         if self.index_bits not in (4, 8):
             raise ConfigError(f"index_bits is 4 or 8, got {self.index_bits!r}")
         if not self.index_sure >= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,9 @@ class LayerPlan:
     """One layer's last decode step.
 
     tokens: what it saw. heads: kv heads, and of them codes: how many scanned codes; the others read everything.
-    found: keys each head found within reach when it scanned last. most: what a head may find at most; None: any number.
+    found: keys each head found within reach when it scanned last; alphas: the share of the largest weight a key had
+    to have for it, less than the setting where that held too little of the attention. most: what a head may find at
+    most; None: any number.
     predicted, measured: seconds.
     """
 
@@ -26,6 +29,7 @@ class LayerPlan:
     heads: int
     codes: int
     found: tuple[int, ...]
+    alphas: tuple[float, ...]
     most: int | None
     predicted: float
     measured: float
@@ -34,6 +38,8 @@ class LayerPlan:
     def plan(self) -> str:
         """The plan in words."""
         reach = "DIPR" if self.most is None else f"DIPR, at most {self.most}"
+        if self.codes and min(self.alphas) < 0.999 * max(self.alphas):
+            reach += f", alpha down to {min(self.alphas):.2g}"
         parts = [f"{self.codes} codes ({reach})"] * bool(self.codes) + [f"{self.heads - self.codes} flat"] * (
             self.codes < self.heads
         )
@@ -91,10 +97,11 @@ def explain(settings: Settings, layers: Iterable[Layer]) -> Explanation:
             continue
         found = tuple(np.minimum(history.found, history.tokens).astype(int).tolist())
         look = int(history.choice.look.sum())
+        alphas = tuple(np.exp(-np.maximum(history.far, -math.log(settings.alpha))).tolist())
         plans.append(
             LayerPlan(
-                state.number, history.tokens, history.found.size, look, found, history.choice.most if look else None,
-                history.predicted, history.measured,
+                state.number, history.tokens, history.found.size, look, found, alphas,
+                history.choice.most if look else None, history.predicted, history.measured,
             )
         )  # fmt: skip
     return Explanation(settings.alpha, settings.attention_target, tuple(plans))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -41,12 +42,14 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.alaya_borrow.restype = None
     library.alaya_borrow(_gomp_parallel())
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    attend_arguments: list[type[Any]] = [number] + [pointer] * 6 + [number] * 6
+    attend_arguments: list[type[Any]] = [number] + [pointer] * 6 + [number] * 7
     library.alaya_attend_blocks.argtypes = attend_arguments + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 3
     library.alaya_attend_lists.argtypes = (
-        [number] + [pointer] * 3 + [number] * 4 + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 2
+        [number] + [pointer] * 3 + [number] * 5 + [ctypes.c_int32] + [ctypes.c_float] * 2 + [pointer] * 2
     )
-    library.alaya_scan.argtypes = [number] + [pointer] * 5 + [number] * 8 + [ctypes.c_float] * 4 + [pointer] * 6
+    library.alaya_scan.argtypes = [number] * 2 + [pointer] * 5 + [number] * 9 + [ctypes.c_float] * 3 + [pointer] * 7
+    library.alaya_scan_room.argtypes = [number] * 6
+    library.alaya_scan.restype = library.alaya_scan_room.restype = number
     library.alaya_walk.argtypes = [pointer] * 6 + [number] * 8 + [ctypes.c_float] + [pointer] * 3
     library.alaya_walk.restype = number
     library.alaya_digest.argtypes = [pointer, number, pointer, number, number, pointer]
@@ -73,7 +76,7 @@ def attend(
     addresses: npt.NDArray[np.int64],
     starts: npt.NDArray[np.int32],
     counts: npt.NDArray[np.int32],
-    dims: tuple[int, int, int],
+    dims: tuple[int, int, int, int],
     scale: float,
     softcap: float,
     lo: npt.NDArray[np.int32],
@@ -84,7 +87,7 @@ def attend(
 ) -> None:
     """attention.attend_blocks on arguments contiguous in their last dimension.
 
-    dims: k_dim, v_dim, number of the storage dtype in DTYPES. Raises MemoryError.
+    dims: k_dim, v_dim, where in a row the value begins, number of the storage dtype in DTYPES. Raises MemoryError.
     """
     library = _library()
     heads, rows, _ = q.shape
@@ -102,7 +105,7 @@ def attend_lists(
     q: Tensor,
     addresses: npt.NDArray[np.int64],
     first: npt.NDArray[np.int64],
-    dims: tuple[int, int, int],
+    dims: tuple[int, int, int, int],
     scale: float,
     softcap: float,
     out: Tensor,
@@ -118,33 +121,40 @@ def attend_lists(
         raise MemoryError("no memory for the partial results of attention")
 
 
+def scan_room(q: Tensor, blocks: int, v_dim: int, tokens: int) -> int:
+    """Bytes of its own that a scan of so many blocks for each head of q [heads, rows, dims] needs."""
+    heads, rows, dims = q.shape
+    room: int = _library().alaya_scan_room(heads, rows, blocks, dims, v_dim, tokens)
+    return room
+
+
 def scan(
     q: Tensor,
     blocks: npt.NDArray[np.int64],
     first: npt.NDArray[np.int32],
     count: npt.NDArray[np.int32],
+    dims: tuple[int, int, int, int, int, int],
+    numbers: tuple[float, float, float],
+    reach: npt.NDArray[np.float32],
     seed: Tensor,
-    dims: tuple[int, int, int, int, int],
-    numbers: tuple[float, float, float, float],
-    found: npt.NDArray[np.int32],
-    n_found: npt.NDArray[np.int64],
-    top: Tensor,
-    rest: Tensor,
-    lse: Tensor,
-    scratch: npt.NDArray[np.uint8],
-) -> None:
-    """index.codes.scan on contiguous arguments. Raises MemoryError.
+    best: npt.NDArray[np.int32],
+    room: npt.NDArray[np.uint8],
+    out: Sequence[Tensor] | None,
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+    """index.codes.scan on contiguous arguments: without ``out`` its first half, which leaves ``best``; then its second.
 
-    dims: dims, v_dim, tokens of a coded block, bits, budget. numbers: scale, softcap, reach, share of an error allowed.
+    dims: dims, v_dim, tokens of a coded block, bits, where codes begin, budget. numbers: scale, softcap, share of an
+    error allowed. out: top, rest, lse. Returns what was found, in ``room``, and how much of it is each head's.
     """
     heads, rows, _ = q.shape
-    failed = _library().alaya_scan(
-        torch.get_num_threads(), q.data_ptr(), _address(blocks), _address(first), _address(count), seed.data_ptr(),
-        heads, rows, blocks.shape[1], *dims, *numbers,
-        _address(found), _address(n_found), top.data_ptr(), rest.data_ptr(), lse.data_ptr(), _address(scratch),
+    n_found = np.zeros(heads, np.int64)
+    results = (0, 0, 0) if out is None else tuple(tensor.data_ptr() for tensor in out)
+    at = _library().alaya_scan(
+        torch.get_num_threads(), out is not None, q.data_ptr(), _address(blocks), _address(first), _address(count),
+        seed.data_ptr(), heads, rows, blocks.shape[1], *dims, *numbers, _address(reach), _address(best),
+        _address(n_found), *results, _address(room),
     )  # fmt: skip
-    if failed:
-        raise MemoryError("no memory for the hits of a scan")
+    return room[at : at + 4 * heads * blocks.shape[1] * dims[2]].view(np.int32), n_found
 
 
 def walk(

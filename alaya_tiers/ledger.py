@@ -218,6 +218,13 @@ class Ledger:
         """Whether codes of these blocks could be made now: sealed, held, in memory, and not coded yet."""
         return bool((self.sealed[ids] & (self.refs[ids] > 0) & (self.code[ids] == NOWHERE) & self.readable(ids)).all())
 
+    def uncode(self, layer: int) -> Slots:
+        """Forget all codes of a layer; the slots they were in."""
+        of_layer = np.flatnonzero((self.layer == layer) & (self.code != NOWHERE))
+        slots = self.code[of_layer]
+        self.code[of_layer] = NOWHERE
+        return slots[slots >= 0]
+
     def coded(self, ids: Ids, slots: Slots | int) -> None:
         """The codes of blocks are in ``slots``, or UNCODABLE."""
         assert (self.code[ids] == NOWHERE).all(), "a block was coded twice"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from alaya_tiers import kernel
+from alaya_tiers.attention import parts_of_row
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.config import Settings
 from alaya_tiers.index.codes import MOST_DIMS, Layout, Scratch, encode
@@ -57,6 +58,7 @@ class Partitions:
         self.seconds = 0.0
         """Time it took to make codes."""
         self._local = threading.local()
+        self._latent = set[int]()  # layers whose queries are compared with whole rows
         self._stored: dict[int, tuple[Source, int, int]] = {}  # first id of a run -> where its codes are: layer, run
 
     @property
@@ -70,14 +72,29 @@ class Partitions:
         scratch: Scratch = vars(self._local).setdefault("scratch", Scratch())
         return scratch
 
-    def layout(self, shape: BlockShape) -> Layout:
-        """How blocks of a layer are coded."""
-        g = shape.geometry
-        return Layout(shape.tokens, g.k_dim, g.v_dim, self._settings.index_bits)
+    def layout_of(self, layer: int, shape: BlockShape | None = None) -> Layout:
+        """How blocks of a layer are coded. shape: of its blocks, if it has none yet."""
+        shape = self._mover.shapes[layer] if shape is None else shape
+        g, latent = shape.geometry, layer in self._latent
+        key, value, _ = parts_of_row(g.k_dim, g.v_dim, latent=latent)
+        return Layout(shape.tokens, key, value, self._settings.index_bits)
 
-    def layout_of(self, layer: int) -> Layout:
-        """The same of a layer that has blocks."""
-        return self.layout(self._mover.shapes[layer])
+    def attended(self, layer: int, *, latent: bool) -> None:
+        """How a layer's rows are attended, see attention.BlockList: codes that were made for the other way are let go.
+
+        They were made before the first attention over a layer.
+        """
+        if (layer in self._latent) == latent:
+            return
+        with self._making, self._mover.lock:
+            (self._latent.add if latent else self._latent.discard)(layer)
+            freed = self._mover.ledger.uncode(layer)
+            if self._arena is None:
+                return
+            self._arena.give(freed)
+            if not self._arena.used:  # its slots may be too small now
+                self._arena.close()
+                self._arena = self._mover.codes = None
 
     def promise(self, runs: Iterable[tuple[int, int]], source: Source, layer: int) -> None:
         """Codes of runs (first block id, number in the source) need not be made: they are loaded when asked for."""
@@ -146,8 +163,9 @@ class Partitions:
             if not book.codable(ids):
                 return bool((book.code[ids] >= 0).all())
             shape = mover.shapes[int(book.layer[ids[0]])]
-            layout = self.layout(shape)
-            if layout.k_dim > MOST_DIMS or (self._arena is not None and layout.nbytes > self._arena.slot_bytes):
+            layout = self.layout_of(int(book.layer[ids[0]]))
+            too_wide = layout.dims > MOST_DIMS[layout.bits]
+            if too_wide or (self._arena is not None and layout.nbytes > self._arena.slot_bytes):
                 book.coded(ids, UNCODABLE)
                 return False
             if (slots := self._room(layout, ids.size)) is None:
@@ -159,7 +177,8 @@ class Partitions:
             g = shape.geometry
             rows = torch.stack([mover.tensor(block)[: shape.nbytes].cpu() for block in ids.tolist()])
             rows = rows.view(g.dtype).view(ids.size, -1, g.width)
-            coded = encode(rows[..., : g.k_dim], rows[..., g.k_dim :], layout)
+            at = layout.k_dim if layout.k_dim + layout.v_dim == g.width else 0
+            coded = encode(rows[..., : layout.k_dim], rows[..., at : at + layout.v_dim], layout)
         finally:
             with mover.lock:
                 if self._arena is not None:

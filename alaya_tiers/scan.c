@@ -1,12 +1,15 @@
 /* Which keys matter: a scan of low-bit codes of keys that finds every one that may be within reach of the best score, and
  * estimates the attention of all others. index/codes.py says what a code is and why the bounds hold.
  *
- * A block of codes lies in memory as floats head[4] (an error is at most ratio x scale + slack long, a code norm x scale), mean
- * key [dims], mean value [v_dim], scale [tokens], then the codes: 64 tokens x 4 dims together (8 bits), 64 tokens x 8 dims (4 bits,
- * the first four dims in the low halves). tokens is a multiple of 64, dims of 8.
+ * A block of codes lies in memory as floats head[8], the mean key [dims] and the mean value [v_dim] in 8 bits, a level [tokens] in 4
+ * bits, and from the next multiple of 64 bytes on the codes. A token's scale is low + step x level; its error is at most ratio x
+ * scale + slack long, its code norm x scale. Levels: 64 tokens in 32 bytes, the first 32 in the low halves. Codes: 64 tokens x 4
+ * dims together (8 bits), 64 tokens x 8 dims (4 bits, the first four dims in the low halves); they stand for c - 127.5 and c - 7.5.
+ * tokens is a multiple of 64, dims of 8.
  *
- * Pieces of a head's blocks are scanned by threads: the last piece first, the others against the best score in it; then
- * one pass per head drops what the best of all pieces rules out.
+ * Pieces of a head's blocks are scanned by threads: the last piece first, the others against the best score in it. That is the
+ * first call; it names the key with the best score, so that the caller can look what its score is exactly. The second call drops
+ * what the best of all pieces, or of what the caller knows, rules out.
  *
  * Like attend.c this file includes itself once per instruction set.
  */
@@ -22,8 +25,8 @@
 #define X86 1
 #endif
 
-enum { HEAD = 4, RATIO = 0, SLACK = 1, NORM = 2 };
-enum { LANES = 64, GROUP = 4, MAX_ROWS = 64 }; /* tokens coded together; rows at a time */
+enum { HEAD = 8, RATIO = 0, SLACK, NORM, LOW, STEP, K_UNIT, V_UNIT };
+enum { LANES = 64, GROUP = 4, MAX_ROWS = 128 }; /* tokens coded together; rows at a time */
 enum { PIECE_TOKENS = 1 << 13 }; /* tokens a thread scans at a time */
 
 typedef struct {
@@ -37,11 +40,14 @@ typedef struct scan {
     const int32_t *first, *count;   /* [n]: which tokens of a block are asked for */
     const float *seed;              /* [heads][rows]: a score that is known to be there, scaled and capped; -inf: none */
     int64_t heads, rows, n, dims, v_dim, tokens, bits, budget;
-    float scale, softcap, reach, sure;
+    float scale, softcap, sure;
+    const float *reach;             /* [heads] */
     int32_t *found;                 /* [heads][n * tokens] */
     int64_t *n_found;               /* [heads] */
     float *top, *mass, *lse;        /* [heads][rows]; [heads][rows][v_dim]; [heads][rows] */
+    int32_t *best;                  /* [heads][rows]: the token with the best score, -1: none */
     int64_t per_piece, pieces;      /* blocks of a piece; pieces of a head */
+    int64_t codes_at;               /* of a block, in bytes */
     int64_t parts;                  /* of a query: 2 where bounds must be tight, else 1 */
     int8_t *q8;                     /* [heads][rows][2][dims]: q = unit x (128 high + low), -64 <= low < 64; or unit x high */
     int32_t *q_sum;                 /* [heads][rows]: sum of those integers */
@@ -68,6 +74,17 @@ static float uncap(float x, float scale, float c)
 static float bound(const scan *f, int64_t hr, hit h)
 {
     return f->sure * f->q_norm[hr] * h.width + f->q_error[hr] * h.norm;
+}
+
+static const float *block_of(const scan *f, int64_t head, int64_t b) { return (const float *)f->blocks[head * f->n + b]; }
+
+static const int8_t *mean_k_of(const float *block) { return (const int8_t *)(block + HEAD); }
+
+static const int8_t *mean_v_of(const scan *f, const float *block) { return mean_k_of(block) + f->dims; }
+
+static const uint8_t *levels_of(const scan *f, const float *block)
+{
+    return (const uint8_t *)mean_v_of(f, block) + f->v_dim;
 }
 
 #ifdef X86
@@ -115,15 +132,12 @@ static void other_piece(void *data, int64_t item, int64_t worker)
     f->piece(f, item / (f->pieces - 1), item % (f->pieces - 1));
 }
 
-static const float *block_of(const scan *f, int64_t head, int32_t token)
-{
-    return (const float *)f->blocks[head * f->n + token / f->tokens];
-}
-
 /* Put back what turned out not to matter: into the estimate. */
 static void drop(const scan *f, int64_t head, int32_t token, const float *scores, float *sums)
 {
-    const float *mean_v = block_of(f, head, token) + HEAD + f->dims;
+    const float *block = block_of(f, head, token / f->tokens);
+    const float unit = block[V_UNIT];
+    const int8_t *mean_v = mean_v_of(f, block);
     for (int64_t r = 0; r < f->rows; r++) {
         float *sum = sums + r * (f->v_dim + 2), x = cap(scores[r] * f->scale, f->softcap);
         if (x > sum[f->v_dim]) {
@@ -133,8 +147,35 @@ static void drop(const scan *f, int64_t head, int32_t token, const float *scores
             sum[f->v_dim] = x;
         }
         float weight = expf(x - sum[f->v_dim]);
-        for (int64_t d = 0; d < f->v_dim; d++) sum[d] += weight * mean_v[d];
+        for (int64_t d = 0; d < f->v_dim; d++) sum[d] += weight * unit * (float)mean_v[d];
         sum[f->v_dim + 1] += weight;
+    }
+}
+
+/* The best score of a row in all pieces, or what is known besides. */
+static float top_of(const scan *f, int64_t head, int64_t r)
+{
+    float top = f->seed[head * f->rows + r];
+    for (int64_t p = 0; p < f->pieces; p++) {
+        float x = f->piece_top[(head * f->pieces + p) * f->rows + r];
+        if (x > top) top = x;
+    }
+    return top;
+}
+
+/* The hits with the best scores of a head, row by row. */
+static void best_of_head(void *data, int64_t head, int64_t worker)
+{
+    const scan *f = data;
+    float best[MAX_ROWS];
+    int32_t *found = f->best + head * f->rows;
+    (void)worker;
+    for (int64_t r = 0; r < f->rows; r++) best[r] = -INFINITY, found[r] = -1;
+    for (int64_t p = 0; p < f->pieces; p++) {
+        int64_t from = (head * f->n + p * f->per_piece) * f->tokens;
+        for (int64_t i = from; i < from + f->n_hits[head * f->pieces + p]; i++)
+            for (int64_t r = 0; r < f->rows; r++)
+                if (f->scores[i * f->rows + r] > best[r]) best[r] = f->scores[i * f->rows + r], found[r] = f->hits[i].token;
     }
 }
 
@@ -152,13 +193,8 @@ static void finish_head(void *data, int64_t head, int64_t worker)
     float *sums = f->piece_mass + head * f->pieces * f->rows * width, limit[MAX_ROWS];
     (void)worker;
     for (int64_t r = 0; r < f->rows; r++) {
-        float top = f->seed[at + r];
-        for (int64_t p = 0; p < f->pieces; p++) {
-            float x = f->piece_top[(head * f->pieces + p) * f->rows + r];
-            if (x > top) top = x;
-        }
-        f->top[at + r] = top;
-        limit[r] = top == -INFINITY ? -INFINITY : uncap(top - f->reach, f->scale, f->softcap);
+        float top = f->top[at + r] = top_of(f, head, r);
+        limit[r] = top == -INFINITY ? -INFINITY : uncap(top - f->reach[head], f->scale, f->softcap);
     }
     for (int64_t p = 1; p < f->pieces; p++)
         for (int64_t r = 0; r < f->rows; r++) {
@@ -240,55 +276,101 @@ static void round_queries(scan *f)
     }
 }
 
-/* Returns 0, or -1 when memory ran out. scratch: heads x n x tokens x (12 + 4 x rows) bytes. */
-int alaya_scan(int64_t threads, const float *q, const int64_t *blocks, const int32_t *first, const int32_t *count,
-               const float *seed, int64_t heads, int64_t rows, int64_t n, int64_t dims, int64_t v_dim, int64_t tokens,
-               int64_t bits, int64_t budget, float scale, float softcap, float reach, float sure, int32_t *found,
-               int64_t *n_found, float *top, float *mass, float *lse, char *scratch)
+static int64_t round_up(int64_t n) { return (n + 63) / 64 * 64; }
+
+/* Where everything is that lasts from the first call to the second; hits and scores are touched as far as there are some.
+ * Returns the bytes needed. */
+static int64_t lay_out(scan *f, char *room)
+{
+    const int64_t all = f->heads * f->n * f->tokens, hr = f->heads * f->rows;
+    f->per_piece = PIECE_TOKENS / f->tokens > 1 ? PIECE_TOKENS / f->tokens : 1;
+    f->pieces = f->n > f->per_piece ? (f->n + f->per_piece - 1) / f->per_piece : 1;
+    const int64_t pieces = f->heads * f->pieces;
+    char *at = room;
+#define TAKE(name, type, count) f->name = (type *)at, at += round_up((int64_t)sizeof(type) * (count))
+    TAKE(q8, int8_t, hr * f->dims * 2);
+    TAKE(q_sum, int32_t, hr);
+    TAKE(q_unit, float, hr);
+    TAKE(q_norm, float, hr);
+    TAKE(q_error, float, hr);
+    TAKE(n_hits, int64_t, pieces);
+    TAKE(piece_top, float, pieces * f->rows);
+    TAKE(piece_mass, float, pieces * f->rows * (f->v_dim + 2));
+    TAKE(found, int32_t, all);
+    TAKE(hits, hit, all);
+    TAKE(scores, float, all * f->rows);
+#undef TAKE
+    return at - room;
+}
+
+/* Bytes that a scan needs for its own. */
+int64_t alaya_scan_room(int64_t heads, int64_t rows, int64_t n, int64_t dims, int64_t v_dim, int64_t tokens)
+{
+    scan f = {.heads = heads, .rows = rows, .n = n, .dims = dims, .v_dim = v_dim, .tokens = tokens};
+    return lay_out(&f, (char *)64);
+}
+
+/* The first call (finish = 0) leaves best, the second the rest; both want the same room. Returns where found begins in it. */
+int64_t alaya_scan(int64_t threads, int64_t finish, const float *q, const int64_t *blocks, const int32_t *first,
+                   const int32_t *count, const float *seed, int64_t heads, int64_t rows, int64_t n, int64_t dims,
+                   int64_t v_dim, int64_t tokens, int64_t bits, int64_t codes_at, int64_t budget, float scale,
+                   float softcap, float sure, const float *reach, int32_t *best, int64_t *n_found, float *top, float *mass,
+                   float *lse, char *room)
 {
     scan s = {.q = q, .blocks = blocks, .first = first, .count = count, .seed = seed, .heads = heads, .rows = rows,
-               .n = n, .dims = dims, .v_dim = v_dim, .tokens = tokens, .bits = bits, .budget = budget, .scale = scale,
-               .softcap = softcap, .reach = reach, .sure = sure, .found = found, .n_found = n_found, .top = top,
-               .mass = mass, .lse = lse, .parts = sure < 1 ? 1 : 2, .piece = scan_piece_4}, *f = &s;
+               .n = n, .dims = dims, .v_dim = v_dim, .tokens = tokens, .bits = bits, .codes_at = codes_at,
+               .budget = budget, .scale = scale, .softcap = softcap, .reach = reach, .sure = sure, .best = best,
+               .n_found = n_found, .top = top, .mass = mass, .lse = lse, .parts = sure < 1 ? 1 : 2,
+               .piece = scan_piece_4}, *f = &s;
 #ifdef X86
     int widest = alaya_widest();
     if (widest == 16 && __builtin_cpu_supports("avx512vnni")) f->piece = scan_piece_16;
     else if (widest >= 8) f->piece = scan_piece_8;
 #endif
-    f->per_piece = PIECE_TOKENS / tokens > 1 ? PIECE_TOKENS / tokens : 1;
-    f->pieces = n > f->per_piece ? (n + f->per_piece - 1) / f->per_piece : 1;
+    lay_out(f, room);
     if (threads > ALAYA_MAX_THREADS) threads = ALAYA_MAX_THREADS;
     if (heads * n * tokens * dims < 1 << 17) threads = 1;
-    size_t all = (size_t)(heads * n * tokens), pieces = (size_t)(heads * f->pieces), hr = (size_t)(heads * rows);
-    f->q8 = malloc(hr * dims * 2);
-    f->q_sum = malloc(hr * sizeof(int32_t));
-    f->q_unit = malloc(3 * hr * sizeof(float));
-    f->hits = (hit *)scratch; /* touched as far as there are hits */
-    f->scores = (float *)(scratch + all * sizeof(hit));
-    f->n_hits = malloc(pieces * sizeof(int64_t));
-    f->piece_top = malloc(pieces * rows * sizeof(float));
-    f->piece_mass = malloc(pieces * rows * (v_dim + 2) * sizeof(float));
-    int failed = !f->q8 || !f->q_sum || !f->q_unit || !f->n_hits || !f->piece_top || !f->piece_mass;
-    if (!failed) {
-        f->q_norm = f->q_unit + hr, f->q_error = f->q_norm + hr;
+    if (finish) {
+        alaya_run(threads, finish_head, &s, heads, 1);
+    } else {
         round_queries(f);
         alaya_run(threads, last_piece, &s, heads, 1);
         alaya_run(threads, other_piece, &s, heads * (f->pieces - 1), 1);
-        alaya_run(threads, finish_head, &s, heads, 1);
+        alaya_run(1, best_of_head, &s, heads, 1);
     }
-    free(f->q8), free(f->q_sum), free(f->q_unit);
-    free(f->n_hits), free(f->piece_top), free(f->piece_mass);
-    return failed ? -1 : 0;
+    return (char *)f->found - room;
 }
 
 #else /* once per instruction set from here on */
 #include "vector.h"
 
-/* out[row][lane] = R queries, in P parts each, times the codes of LANES tokens, which lie 128 (with 4 bits 8) too high. */
+typedef uint8_t NAME(vb) __attribute__((vector_size(VL)));
+typedef int8_t NAME(vc) __attribute__((vector_size(VL)));
+
+INLINE vf NAME(load8)(const int8_t *p)
+{
+    NAME(vc) x;
+    memcpy(&x, p, sizeof x);
+    return __builtin_convertvector(x, vf);
+}
+
+/* Scales of LANES tokens. */
+INLINE void NAME(unpack)(const uint8_t *levels, float low, float step, float *scales)
+{
+    for (int i = 0; i < LANES / 2; i += VL) {
+        NAME(vb) x;
+        memcpy(&x, levels + i, sizeof x);
+        const vi both = __builtin_convertvector(x, vi);
+        storef(scales + i, low + step * __builtin_convertvector(both & 15, vf));
+        storef(scales + LANES / 2 + i, low + step * __builtin_convertvector(both >> 4, vf));
+    }
+}
+
+/* out[row][lane] = R queries, in P parts each, times the codes of LANES tokens, which lie 127.5 (with 4 bits 7.5) too high. */
 INLINE void NAME(dots)(const uint8_t *codes, const int8_t *q, const int32_t *q_sum, int64_t dims, int bits, int R, int P,
                        float (*out)[LANES])
 {
-    const int32_t above = bits == 8 ? 128 : 8;
+    const int32_t above = bits == 8 ? 127 : 7; /* and a half: taken off below, or it would not be a whole number */
 #if VL == 16
     const __m512i low4 = _mm512_set1_epi8(15);
     __m512i sum[GROUP][4];
@@ -311,7 +393,8 @@ INLINE void NAME(dots)(const uint8_t *codes, const int8_t *q, const int32_t *q_s
     }
     UNROLL for (int r = 0; r < R; r++) UNROLL for (int g = 0; g < 4; g++) {
         __m512i x = P == 1 ? sum[r][g] : _mm512_add_epi32(_mm512_slli_epi32(sum[2 * r][g], 7), sum[2 * r + 1][g]);
-        _mm512_storeu_ps(out[r] + g * 16, _mm512_cvtepi32_ps(_mm512_sub_epi32(x, _mm512_set1_epi32(q_sum[r] * above))));
+        x = _mm512_sub_epi32(x, _mm512_set1_epi32(q_sum[r] * above));
+        _mm512_storeu_ps(out[r] + g * 16, _mm512_sub_ps(_mm512_cvtepi32_ps(x), _mm512_set1_ps(0.5f * (float)q_sum[r])));
     }
 #elif VL == 8
     const __m256i even = _mm256_set1_epi32(0x00ff00ff), low4 = _mm256_set1_epi8(15);
@@ -339,7 +422,8 @@ INLINE void NAME(dots)(const uint8_t *codes, const int8_t *q, const int32_t *q_s
         }
         UNROLL for (int r = 0; r < R; r++) UNROLL for (int i = 0; i < 2; i++) {
             const __m256i x = _mm256_sub_epi32(sum[r][i], _mm256_set1_epi32(q_sum[r] * above));
-            _mm256_storeu_ps(out[r] + g + 8 * i, _mm256_cvtepi32_ps(x));
+            const __m256 half = _mm256_set1_ps(0.5f * (float)q_sum[r]);
+            _mm256_storeu_ps(out[r] + g + 8 * i, _mm256_sub_ps(_mm256_cvtepi32_ps(x), half));
         }
     }
 #else
@@ -351,7 +435,7 @@ INLINE void NAME(dots)(const uint8_t *codes, const int8_t *q, const int32_t *q_s
             if (bits == 8) for (int i = 0; i < LANES; i++) acc[i] += c[i * 4] * x;
             else for (int i = 0; i < LANES; i++) acc[i] += (d % 8 < 4 ? c[i * 4] & 15 : c[i * 4] >> 4) * x;
         }
-        for (int i = 0; i < LANES; i++) out[r][i] = (float)(acc[i] - q_sum[r] * above);
+        for (int i = 0; i < LANES; i++) out[r][i] = (float)(acc[i] - q_sum[r] * above) - 0.5f * (float)q_sum[r];
     }
 #endif
 }
@@ -416,9 +500,10 @@ INLINE vf NAME(power)(vf x)
 
 /* What of LANES tokens from t on may be near enough goes to the hits, and out of x. Returns how many hits there are now. */
 static int64_t NAME(keep)(const scan *f, NAME(bars) *k, int64_t head, int64_t b, int32_t t, const int32_t *near,
-                          float (*x)[LANES], int64_t base, int64_t hits)
+                          const float *scales, float (*x)[LANES], int64_t base, int64_t hits)
 {
-    const float *block = (const float *)f->blocks[head * f->n + b], *scales = block + HEAD + f->dims + f->v_dim + t;
+    const float *block = block_of(f, head, b);
+    const float reach = f->reach[head];
     const int32_t from = f->first[b] - t, to = from + f->count[b];
     const int64_t rows = f->rows;
     for (int64_t r = 0; r < rows; r++) {
@@ -429,7 +514,7 @@ static int64_t NAME(keep)(const scan *f, NAME(bars) *k, int64_t head, int64_t b,
         }
         if (!any(sure > k->sure[r])) continue;
         k->sure[r] = NAME(largest)(sure);
-        k->limit[r] = uncap(cap(k->sure[r] * f->scale, f->softcap) - f->reach, f->scale, f->softcap);
+        k->limit[r] = uncap(cap(k->sure[r] * f->scale, f->softcap) - reach, f->scale, f->softcap);
     }
     for (int i = from > 0 ? from : 0; i < LANES && i < to; i++) {
         int still = 0;
@@ -460,34 +545,36 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
         memset(sums + r * width, 0, sizeof(float) * (size_t)width);
         k.most[r] = k.loud[r] = k.faint[r] = -INFINITY;
         k.sure[r] = seed == -INFINITY ? seed : uncap(seed, f->scale, f->softcap);
-        k.limit[r] = seed == -INFINITY ? seed : uncap(seed - f->reach, f->scale, f->softcap);
+        k.limit[r] = seed == -INFINITY ? seed : uncap(seed - f->reach[head], f->scale, f->softcap);
     }
     for (int64_t b = piece * f->per_piece; b < last; b++) {
-        const float *block = (const float *)f->blocks[head * f->n + b];
-        const float *mean_k = block + HEAD, *mean_v = mean_k + f->dims, *scales = mean_v + f->v_dim;
-        const uint8_t *codes = (const uint8_t *)(scales + f->tokens);
+        const float *block = block_of(f, head, b);
+        const int8_t *mean_k = mean_k_of(block), *mean_v = mean_v_of(f, block);
+        const uint8_t *levels = levels_of(f, block), *codes = (const uint8_t *)block + f->codes_at;
         const int32_t from = f->first[b], to = from + f->count[b];
         for (int64_t r = 0; r < rows; r++) {
             vf sum = {0};
             const float *q = f->q + (at + r) * f->dims, norm = f->sure * f->q_norm[at + r];
             int64_t d = 0;
-            for (; d + VL <= f->dims; d += VL) sum += loadf(q + d) * loadf(mean_k + d);
+            for (; d + VL <= f->dims; d += VL) sum += loadf(q + d) * NAME(load8)(mean_k + d);
             offset[r] = NAME(total)(sum);
-            for (; d < f->dims; d++) offset[r] += q[d] * mean_k[d];
+            for (; d < f->dims; d++) offset[r] += q[d] * (float)mean_k[d];
+            offset[r] *= block[K_UNIT];
             k.weight[r] = (vf){0};
             k.wide[r] = norm * block[RATIO] + f->q_error[at + r] * block[NORM];
             k.slack[r] = norm * block[SLACK];
         }
         for (int32_t t = from / LANES * LANES; t < to; t += LANES) {
-            float x[MAX_ROWS][LANES];
+            float x[MAX_ROWS][LANES], scales[LANES];
             int32_t near[LANES];
+            NAME(unpack)(levels + t / 2, block[LOW], block[STEP], scales);
             const uint8_t *c = codes + t / LANES * code_bytes;
             int64_t r = 0;
             for (; r + GROUP <= rows; r += GROUP) NAME(dots_of)(f, c, q8 + r * 2 * f->dims, q_sum + r, GROUP, x + r);
             for (; r < rows; r++) NAME(dots_of)(f, c, q8 + r * 2 * f->dims, q_sum + r, 1, x + r);
             vi seen = {0};
             for (int i = 0; i < LANES; i += VL) {
-                const vf scale = loadf(scales + t + i);
+                const vf scale = loadf(scales + i);
                 vi here = {0};
                 for (r = 0; r < rows; r++) {
                     vf score = loadf(x[r] + i) * f->q_unit[at + r] * scale + offset[r];
@@ -501,7 +588,7 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
                 for (r = 0; r < rows; r++)
                     for (int i = 0; i < LANES; i++)
                         if (t + i < from || t + i >= to) x[r][i] = -INFINITY;
-            if (any(seen)) hits = NAME(keep)(f, &k, head, b, t, near, x, base, hits);
+            if (any(seen)) hits = NAME(keep)(f, &k, head, b, t, near, scales, x, base, hits);
             for (r = 0; r < rows; r++) {
                 vf top = NAME(highest)(x[r]), weight = {0};
                 if (!any(top > k.faint[r])) continue;
@@ -517,9 +604,10 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
         }
         for (int64_t r = 0; r < rows; r++) {
             float *sum = sums + r * width, w = NAME(total)(k.weight[r]);
+            const float wu = w * block[V_UNIT];
             int64_t d = 0;
-            for (; w > 0 && d + VL <= f->v_dim; d += VL) storef(sum + d, loadf(sum + d) + w * loadf(mean_v + d));
-            for (; w > 0 && d < f->v_dim; d++) sum[d] += w * mean_v[d];
+            for (; w > 0 && d + VL <= f->v_dim; d += VL) storef(sum + d, loadf(sum + d) + wu * NAME(load8)(mean_v + d));
+            for (; w > 0 && d < f->v_dim; d++) sum[d] += wu * (float)mean_v[d];
             sum[f->v_dim + 1] += w;
         }
     }

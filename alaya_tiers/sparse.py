@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor
 
 from alaya_tiers import kernel
-from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_lists, merge
+from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_lists, merge, nothing, parts_of_row
 from alaya_tiers.blocks import PAGE
 from alaya_tiers.index.codes import MOST_ROWS, Layout, Reach, boundable, scan
 from alaya_tiers.index.plan import History, Rates, Step
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
+from alaya_tiers.partitions import Partitions
 from alaya_tiers.picks import Picks, missed_share, pageable
 from alaya_tiers.stats import SparseUse
 from alaya_tiers.view import Heads, Spans, Visible
@@ -40,30 +42,86 @@ LEAST = 4
 
 NONE = np.empty(0, np.int32)
 
+TRIES = 3
+"""How often a head is scanned in one step that finds too little of its attention, before it reads everything."""
+
+DEEPER = 2.0
+"""By how much its reach grows each time, in units of scores."""
+
+SPARE = 0.05
+"""Share of the attention that a head has above what it must have before its reach shrinks again."""
+
 Exact = Callable[[Spans, Heads], Iterator[BlockList]]
 """Blocks of some kv heads of a row, batch by batch, in memory the CPU reads."""
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Queries of one row. q: [kv_heads, rows, k_dim]; latent: [.., k_dim + v_dim], see BlockList."""
+
+    state: Layer
+    row: Row
+    q: Tensor
+    scale: float
+    softcap: float | None
+    latent: bool
+
+    @property
+    def v_dim(self) -> int:
+        """Numbers of what is summed."""
+        g = self.state.shape.geometry
+        return parts_of_row(g.k_dim, g.v_dim, latent=self.latent)[1]
+
+
+@dataclass(slots=True)
+class Looked:
+    """What kv heads that look for keys have found. tokens: of each, as a scan names them. dear: those that had better
+    read everything, whose tokens were not attended. near, whole: attention to window and tokens; and with the rest.
+    """
+
+    tokens: list[npt.NDArray[np.int32]]
+    dear: npt.NDArray[np.bool_]
+    near: Partial
+    whole: Partial
+
+    @classmethod
+    def nothing_yet(cls, window: Partial) -> Looked:
+        """Room for as many heads as ``window`` has."""
+        heads = len(window.out)
+        near, whole = (Partial(window.out.clone(), window.lse.clone()) for _ in range(2))
+        return cls([NONE] * heads, np.zeros(heads, bool), near, whole)
+
+    def put(self, some: Heads, found: Looked) -> None:
+        """What some of the heads have found."""
+        for head, tokens in zip(some.tolist(), found.tokens, strict=True):
+            self.tokens[head] = tokens
+        self.dear[some] = found.dear
+        for mine, theirs in ((self.near, found.near), (self.whole, found.whole)):
+            mine.out[some], mine.lse[some] = theirs.out, theirs.lse
+
+    @property
+    def share(self) -> Tensor:
+        """Of the attention, what was not estimated. [heads, rows]."""
+        return torch.exp(self.near.lse - self.whole.lse)
+
+    @property
+    def found(self) -> npt.NDArray[np.int_]:
+        """Keys of each head."""
+        return np.array([tokens.size for tokens in self.tokens])
+
+
 def attend(
-    state: Layer,
-    row: Row,
-    history: History,
-    q: Tensor,
-    visible: Visible,
-    scale: float,
-    softcap: float | None,
-    exact: Exact,
-    use: SparseUse,
+    asked: Asked, history: History, visible: Visible, exact: Exact, use: SparseUse, partitions: Partitions
 ) -> Partial | None:
     """Attention of a few queries over one row; None where exact attention of all heads is the plan: the caller's work.
 
-    q: [kv_heads, rows, k_dim]; visible without ``extra``. Raises StoreError.
+    visible: without ``extra``. Raises StoreError.
     """
-    partitions, s, g, size = state.engine.partitions, state.engine.settings, state.shape.geometry, state.shape.tokens
-    assert partitions is not None
+    state, row, q, s = asked.state, asked.row, asked.q, asked.state.engine.settings
+    g, size, rows = state.shape.geometry, state.shape.tokens, asked.q.shape[1]
     low, high = int(visible.lo.max()), int(visible.hi.min())
     first, last = -(-(low + s.sink_tokens) // size), min(high - s.recent_tokens, state.length) // size
-    if last - first < LEAST or g.dtype not in kernel.DTYPES or q.shape[1] > MOST_ROWS or not boundable(q):
+    if last - first < LEAST or g.dtype not in kernel.DTYPES or rows > MOST_ROWS or not boundable(q):
         return None
     every = visible.spans(state.length, size)
     inner = (every.run >= first) & (every.run < last)
@@ -74,7 +132,7 @@ def attend(
     if int(coded.sum()) < LEAST:
         return None
     inner[inner] = coded
-    outside, middle, layout = every.where(~inner), middle.where(coded), partitions.layout(state.shape)
+    outside, middle, layout = every.where(~inner), middle.where(coded), partitions.layout_of(state.number)
     step = _step(state, row, outside, middle, layout)
     rates = Rates(s.read_rate, s.scan_rate, s.pick_seconds, s.ssd_rate, s.page_seconds)
     target = None if s.attention_target is None else s.attention_target / len(state.engine.mover.shapes)
@@ -82,45 +140,107 @@ def attend(
     history.tokens = int(every.count.sum())
     if not look.any():
         return None
-    group = q.shape[1] // visible.lo.size
+    group = rows // visible.lo.size
     lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
 
     def dense(some: Spans, heads: Heads, top: Tensor | None = None) -> Iterator[Partial]:
         for blocks in exact(some, heads):
-            here = torch.empty(heads.size, q.shape[1])
-            yield attend_blocks(q[heads], blocks, scale, lo, hi, softcap, here)
+            here = torch.empty(heads.size, rows)
+            yield attend_blocks(
+                q[heads], replace(blocks, latent=asked.latent), asked.scale, lo, hi, asked.softcap, here
+            )
             if top is not None:
                 torch.maximum(top, here, out=top)
 
-    heads = np.flatnonzero(look)
-    seed = torch.full((heads.size, q.shape[1]), -torch.inf)
-    parts = list(dense(outside, heads, seed))
+    heads, window = np.flatnonzero(look), int(outside.count.sum())
+    seed = torch.full((heads.size, rows), -torch.inf)
+    parts = [nothing(q[heads], asked.v_dim), *dense(outside, heads, seed)]
     reach = Reach.of_share(s.alpha, most, s.index_sure or None)
-    found = scan(
-        q[heads], codes[heads], middle.first, middle.count, layout, reach, scale, softcap, seed, partitions.scratch
-    )
+
+    def within(some: Heads, far: npt.NDArray[np.float64], near: Partial) -> Looked:
+        here = heads[some]
+        found = scan(
+            q[here], codes[here], middle.first, middle.count, layout, reach, asked.scale, asked.softcap, seed[some],
+            partitions.scratch, distances=far, verify=lambda best: _certain(asked, here, middle, best, layout.rows),
+        )  # fmt: skip
+        dear = step.dear(np.array([tokens.size for tokens in found.tokens], np.float64), rates)
+        tokens = [NONE if everything else some for some, everything in zip(found.tokens, dear, strict=True)]
+        near = merge([near, *_lists(asked, here, middle, tokens, layout.rows)])
+        use.scanned_bytes += codes[here].size * layout.nbytes
+        return Looked(
+            found.tokens, dear, near, merge((near, Partial(found.rest.to(q.device), found.rest_lse.to(q.device))))
+        )
+
+    looked = _look(history, heads, merge(parts), s.least_mass if most is None else 0.0, reach.distance, within)
     del held
-    n_found = np.array([tokens.size for tokens in found.tokens])
-    dear = history.judge(n_found.astype(np.float64), step, rates)
-    tokens = [NONE if everything else some for some, everything in zip(found.tokens, dear, strict=True)]
-    near = merge([*parts, *_lists(state, row, q, heads, middle, tokens, layout.rows, scale, softcap)])
-    whole = merge((near, Partial(found.rest.to(q.device), found.rest_lse.to(q.device))))
-    sparse, window = ~dear, int(outside.count.sum())
-    _note(use, torch.exp(near.lse - whole.lse)[sparse], window, n_found[sparse], history.tokens)
+    history.judge(looked.found.astype(np.float64), looked.dear, step, rates)
+    sparse = ~looked.dear
+    near, whole = (Partial(*(x[sparse] for x in part)) for part in (looked.near, looked.whole))
+    _note(use, looked.share[sparse], window, looked.found[sparse], history.tokens)
+    rest = np.concatenate([heads[looked.dear], np.flatnonzero(~look)])
     if (recorder := state.engine.recorder) is not None:
-        places = [middle.run[tokens[i] // layout.rows] * size + tokens[i] % layout.rows for i in np.flatnonzero(sparse)]
-        mass = float(torch.exp(near.lse - whole.lse)[sparse].mean()) if places else 1.0
-        flat = np.concatenate([heads[dear], np.flatnonzero(~look)])
-        recorder.found(state, q.shape[1], (window, history.tokens), heads[sparse], flat, places, mass)
-    use.scanned_bytes += codes[heads].size * layout.nbytes
+        tokens = [looked.tokens[i] for i in np.flatnonzero(sparse)]
+        places = [middle.run[one // layout.rows] * size + one % layout.rows for one in tokens]
+        mass = float(looked.share[sparse].mean()) if places else 1.0
+        recorder.found(state, rows, (window, history.tokens), heads[sparse], rest, places, mass)
     if s.measure_mass and sparse.any():
-        truth = merge(list(dense(every, heads[sparse])))
-        _compare(use, Partial(*(x[sparse] for x in near)), Partial(*(x[sparse] for x in whole)), truth)
-    if sparse.all() and look.all():
+        _compare(use, near, whole, merge(list(dense(every, heads[sparse]))))
+    if not rest.size:
         return whole
-    rest = np.concatenate([heads[dear], np.flatnonzero(~look)])
-    use.exact += rest.size * q.shape[1]
-    return _together(heads[sparse], Partial(*(x[sparse] for x in whole)), rest, merge(list(dense(every, rest))))
+    use.exact += rest.size * rows
+    return _together(heads[sparse], whole, rest, merge(list(dense(every, rest))))
+
+
+def _look(
+    history: History,
+    heads: Heads,
+    window: Partial,
+    least: float,
+    distance: float,
+    within: Callable[[Heads, npt.NDArray[np.float64], Partial], Looked],
+) -> Looked:
+    """What ``heads`` find, each as deep as it takes to attend to the share ``least`` of its attention.
+
+    within: what some of them find within a distance of their best, beside the window. A head that still has too little
+    after ``TRIES`` reads everything. How deep a head had to look is where it begins in its next step.
+    """
+    looked = Looked.nothing_yet(window)
+    far = np.maximum(history.far[heads], distance)
+    some = np.arange(heads.size)
+    for left in range(TRIES, -1, -1):
+        looked.put(some, within(some, far[some], Partial(window.out[some], window.lse[some])))
+        share = looked.share.amin(1).numpy()
+        short = (share < least) & ~looked.dear
+        if left == 0:
+            looked.dear |= short
+        some = np.flatnonzero(short)
+        if not some.size or not left:
+            break
+        far[some] += DEEPER
+    history.deepen(heads, far, share > least + SPARE, distance)
+    return looked
+
+
+def _certain(asked: Asked, heads: Heads, spans: Spans, best: npt.NDArray[np.int32], rows: int) -> Tensor:
+    """What the best keys of a scan score exactly. See index.codes.Verify."""
+    g = asked.state.shape.geometry
+    wanted = best >= 0
+    tokens = [np.unique(mine[known]) for mine, known in zip(best, wanted, strict=True)]
+    held = torch.zeros(sum(map(len, tokens)), g.width, dtype=g.dtype)
+    if not held.numel():
+        return torch.full(best.shape, -torch.inf)
+    to = held.data_ptr() + np.arange(len(held)) * g.row_bytes
+    for some, where in _located(asked, heads, spans, tokens, rows):
+        place = np.arange(len(held)) if some is None else np.flatnonzero(some)
+        kernel.copy(where[place], to[place], np.full(place.size, g.row_bytes), None)
+    keys = held[:, : asked.q.shape[2]].double()
+    first = np.cumsum([0, *map(len, tokens)])
+    at = np.stack([first[i] + np.searchsorted(tokens[i], mine) for i, mine in enumerate(best)]).clip(0, len(keys) - 1)
+    scores = (asked.q[heads].cpu().double() * keys[torch.from_numpy(at)]).sum(2) * asked.scale
+    if asked.softcap:
+        scores = asked.softcap * torch.tanh(scores / asked.softcap)
+    scores -= 1e-6 * scores.abs()  # as a float it is smaller still than what the key scores
+    return torch.where(torch.from_numpy(wanted), scores, -torch.inf).float()
 
 
 def _together(some: Heads, of_some: Partial, rest: Heads, of_rest: Partial) -> Partial:
@@ -167,25 +287,31 @@ def build(states: list[Layer], say: Callable[[int, int], None]) -> None:
 
 
 def _lists(
-    state: Layer,
-    row: Row,
-    q: Tensor,
-    heads: Heads,
-    spans: Spans,
-    found: list[npt.NDArray[np.int32]],
-    rows: int,
-    scale: float,
-    softcap: float | None,
+    asked: Asked, heads: Heads, spans: Spans, found: list[npt.NDArray[np.int32]], rows: int
 ) -> Iterator[Partial]:
-    """Exact attention over single tokens of some kv heads, batch by batch as their blocks arrive.
+    """Exact attention over single tokens of some kv heads, batch by batch as their blocks arrive. See _located."""
+    g, first = asked.state.shape.geometry, np.cumsum([0, *(tokens.size for tokens in found)])
+    for some, where in _located(asked, heads, spans, found, rows, note=True):
+        bounds = first if some is None else np.append(0, np.cumsum(some))[first]
+        yield attend_lists(
+            asked.q[heads], where if some is None else where[some], bounds, g.k_dim, g.v_dim, g.dtype, asked.scale,
+            asked.softcap, latent=asked.latent,
+        )  # fmt: skip
 
-    found: for each of ``heads``, place of the block in ``spans`` x ``rows`` + offset, ascending.
+
+def _located(
+    asked: Asked, heads: Heads, spans: Spans, found: list[npt.NDArray[np.int32]], rows: int, *, note: bool = False
+) -> Iterator[tuple[npt.NDArray[np.bool_] | None, npt.NDArray[np.int64]]]:
+    """Where single tokens of some kv heads lie, batch by batch as their blocks or pages arrive, readable meanwhile.
+
+    found: for each of ``heads``, place of the block in ``spans`` x ``rows`` + offset, ascending. Yields which of all of
+    them in a row are meant, None: all; and all their addresses. note: these are what the next step may want too.
     """
-    engine, g = state.engine, state.shape.geometry
+    state, row, engine, g = asked.state, asked.row, asked.state.engine, asked.state.shape.geometry
     counts = np.array([tokens.size for tokens in found])
     if not counts.any():
         return
-    tokens, first = np.concatenate(found), np.append(0, np.cumsum(counts))
+    tokens = np.concatenate(found)
     runs, place = np.unique(spans.run, return_inverse=True)
     offsets = tokens % rows * g.row_bytes
     cell = place[tokens // rows] + np.repeat(np.arange(heads.size) * runs.size, counts)  # of a table [heads, runs]
@@ -196,19 +322,12 @@ def _lists(
     names = blocks[block_of] * per + offsets // PAGE
     singly = pageable(state, blocks)
     by_page = singly[block_of]
-    row.picked = np.unique(names)
+    if note:
+        row.picked = np.unique(names)
     few, column = np.unique(names[by_page], return_inverse=True)
     picks = Picks.start(engine, few)
     if picks is None:
         singly[:] = by_page[:] = False
-
-    def attend_to(some: npt.NDArray[np.bool_] | None, where: npt.NDArray[np.int64]) -> Partial:
-        """Tokens at addresses ``where``; of ``some`` only, if given."""
-        if some is None:
-            return attend_lists(q[heads], where, first, g.k_dim, g.v_dim, g.dtype, scale, softcap)
-        bounds = np.append(0, np.cumsum(some))[first]
-        return attend_lists(q[heads], where[some], bounds, g.k_dim, g.v_dim, g.dtype, scale, softcap)
-
     try:
         whole = np.flatnonzero(~singly)
         base = np.empty(wanted.size, np.int64)
@@ -216,7 +335,7 @@ def _lists(
             base[:] = -1
             base[cells[whole[columns]]] = engine.addresses(batch)[0]
             start = base[cell]
-            yield attend_to(None if columns.size == blocks.size else start >= 0, start + offsets)
+            yield None if columns.size == blocks.size else start >= 0, start + offsets
         if picks is not None:
             engine.note_rows(int(by_page.sum()) * g.row_bytes)
             page_at, where = np.empty(few.size, np.int64), np.empty(tokens.size, np.int64)
@@ -226,7 +345,7 @@ def _lists(
                 where[:] = -1
                 where[by_page] = page_at[column]
                 here = where >= 0
-                yield attend_to(None if here.all() else here, where + offsets % PAGE)
+                yield None if here.all() else here, where + offsets % PAGE
     finally:
         if picks is not None:
             picks.close()

@@ -28,7 +28,7 @@ def cold_bytes(session: Session) -> int:
             ids = ids[~book.readable(ids)]
             uncoded = int(np.count_nonzero(book.code[ids] < 0))
         if engine.partitions is not None:
-            cold += uncoded * engine.partitions.layout(state.shape).nbytes
+            cold += uncoded * engine.partitions.layout_of(state.number, state.shape).nbytes
         else:
             cold += ids.size * state.shape.nbytes
     return cold

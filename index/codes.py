@@ -1,11 +1,13 @@
 """Codes: keys in 4 or 8 bits, scanned at memory bandwidth, with bounds on what each code can hide.
 
-A block's keys are rotated (by one fixed random rotation, so that no channel stands out), their mean is taken off, and
-each is rounded to ``scale * integer``. A score is then ``q.mean + scale * (q.code) + q.error``. The length of every
-error is known and ``|q.error| <= |q| |error|``: no key outside that bound can matter, and with ``sure=None`` the answer
-to a DIPR query is complete, whatever the keys. In a random direction an error of d dimensions contributes only
-``|q| |error| / sqrt(d)`` (one standard deviation): with ``sure=3`` three of these are allowed for, which finds all but
-about one in a thousand and needs far fewer exact scores.
+A block's keys are rotated (by one fixed random rotation, so that no channel stands out), their mean, rounded to 8 bits,
+is taken off, and each is rounded to ``scale * (integer + 1/2)``, with one of 16 scales that the block has. A score is
+then ``q.mean + scale * (q.code) + q.error``. The length of every error is known and ``|q.error| <= |q| |error|``: no
+key outside that bound can matter, and with ``sure=None`` the answer to a DIPR query is complete, whatever the keys. In
+a random direction an error of d dimensions contributes only ``|q| |error| / sqrt(d)`` (one standard deviation): with
+``sure=2`` two of these are allowed for, which finds all but about one in a thousand and needs far fewer exact scores.
+What the best key may score at least is known with the same uncertainty; whoever has the keys can look (``Verify``), and
+halves it.
 
 Sources: rotation and error in a random direction: RaBitQ (arXiv 2405.12497); DIPR: AlayaDB (arXiv 2504.10326), 6.1;
 estimating what was not fetched: RetroInfer (arXiv 2505.02922).
@@ -14,6 +16,7 @@ estimating what was not fetched: RetroInfer (arXiv 2505.02922).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
@@ -27,14 +30,20 @@ from alaya_tiers import kernel
 from alaya_tiers.errors import InputError
 from alaya_tiers.index.base import Found, check_query
 
-LANES, HEAD = 64, 4
+LANES, HEAD = 64, 8
 """As in scan.c: tokens coded together, floats in front of a block's codes."""
 
-MOST_ROWS = 64
+RATIO, SLACK, NORM, LOW, STEP, K_UNIT, V_UNIT = range(7)
+"""What these floats are, see scan.c."""
+
+LEVELS = 16
+"""Scales of a block."""
+
+MOST_ROWS = 128
 """Queries of one kv head that one scan takes."""
 
-MOST_DIMS = 512
-"""Numbers of a key: beyond, the kernel's integers could overflow."""
+MOST_DIMS = {8: 512, 4: 1024}
+"""Numbers of a key, by bits: beyond, the kernel's integers could overflow."""
 
 _NO_SCALE, _HUGE = 1e-30, 1e15
 
@@ -59,14 +68,19 @@ class Layout:
         return -(-self.tokens // LANES) * LANES
 
     @property
-    def floats(self) -> int:
-        """Numbers before the codes."""
-        return HEAD + self.dims + self.v_dim + self.rows
+    def levels_at(self) -> int:
+        """Bytes before the levels."""
+        return 4 * HEAD + self.dims + self.v_dim
+
+    @property
+    def codes_at(self) -> int:
+        """Bytes before the codes."""
+        return -(-(self.levels_at + self.rows // 2) // 64) * 64
 
     @property
     def nbytes(self) -> int:
         """Bytes of one coded block."""
-        return -(-(4 * self.floats + self.rows * self.dims * self.bits // 8) // 64) * 64
+        return self.codes_at + self.rows * self.dims * self.bits // 8
 
 
 @cache
@@ -92,31 +106,49 @@ def encode(k: Tensor, v: Tensor, layout: Layout) -> Tensor | None:
     if not (boundable(keys) and boundable(values)):
         return None
     rotated = keys @ rotation(k_dim)
-    mean = rotated.mean(1, keepdim=True)
-    rest = rotated - mean
-    largest = (1 << layout.bits - 1) - 1
-    scale = (rest.abs().amax(2, keepdim=True) / largest).clamp_min(_NO_SCALE)
-    code = (rest / scale).round_().clamp_(-largest, largest)
-    error = (rest - scale * code).norm(dim=2)
+    mean_k, unit_k = _bytes(rotated.mean(1))
+    mean_v, unit_v = _bytes(values.mean(1))
+    rest = rotated - (mean_k * unit_k)[:, None]
+    half = (1 << layout.bits) / 2 - 0.5
+    low, step, level = _levels(rest.abs().amax(2) / half)
+    scale = (low + step * level)[..., None]
+    code = (rest / scale + half).round_().clamp_(0, 2 * half)
+    error = (rest - scale * (code - half)).norm(dim=2)
     out = torch.zeros(heads, layout.nbytes, dtype=torch.uint8)
-    floats = out[:, : 4 * layout.floats].view(torch.float32)
-    floats[:, 0] = (error / scale[..., 0]).amax(1) * 1.0001
-    floats[:, 2] = code.norm(dim=2).amax(1) * 1.0001
-    floats[:, 1] = (
-        keys.norm(dim=2).amax(1) * (k_dim * 2.0**-22) + _NO_SCALE
-    )  # what rounding in rotation and sums can cost
-    end = HEAD + layout.dims
-    floats[:, HEAD : HEAD + k_dim] = mean[:, 0]
-    floats[:, end : end + layout.v_dim] = values.mean(1)
-    floats[:, end + layout.v_dim : end + layout.v_dim + tokens] = scale[..., 0]
-    packed = torch.full((heads, layout.rows, layout.dims), largest + 1, dtype=torch.uint8)
-    packed[:, :tokens, :k_dim] = (code + (largest + 1)).to(torch.uint8)
+    head = out[:, : 4 * HEAD].view(torch.float32)
+    head[:, RATIO] = (error / scale[..., 0]).amax(1) * 1.0001
+    head[:, SLACK] = keys.norm(dim=2).amax(1) * (k_dim * 2.0**-22) + _NO_SCALE  # what rounding in sums can cost
+    head[:, NORM] = (code - half).norm(dim=2).amax(1) * 1.0001
+    for place, number in ((LOW, low), (STEP, step), (K_UNIT, unit_k), (V_UNIT, unit_v)):
+        head[:, place] = number[:, 0]
+    means = out[:, 4 * HEAD : layout.levels_at].view(torch.int8)
+    means[:, :k_dim], means[:, layout.dims :] = mean_k.to(torch.int8), mean_v.to(torch.int8)
+    levels = torch.zeros(heads, layout.rows, dtype=torch.uint8)
+    levels[:, :tokens] = level.to(torch.uint8)
+    lows, highs = levels.view(heads, -1, 2, LANES // 2).unbind(2)
+    out[:, layout.levels_at : layout.levels_at + layout.rows // 2] = (lows | highs << 4).view(heads, -1)
+    packed = torch.zeros(heads, layout.rows, layout.dims, dtype=torch.uint8)
+    packed[:, :tokens, :k_dim] = code.to(torch.uint8)
     lanes = packed.view(heads, layout.rows // LANES, LANES, layout.dims // 4, 4).transpose(2, 3)
     if layout.bits == 4:
         pairs = lanes.reshape(heads, layout.rows // LANES, layout.dims // 8, 2, LANES, 4)
         lanes = pairs[:, :, :, 0] | pairs[:, :, :, 1] << 4
-    out[:, 4 * layout.floats : 4 * layout.floats + lanes[0].numel()] = lanes.reshape(heads, -1)
+    out[:, layout.codes_at :] = lanes.reshape(heads, -1)
     return out
+
+
+def _bytes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Numbers [heads, n] as whole ones between -127 and 127, and the unit [heads, 1] of each head."""
+    unit = (x.abs().amax(1, keepdim=True) / 127).clamp_min(_NO_SCALE)
+    return (x / unit).round_().clamp_(-127, 127), unit
+
+
+def _levels(needed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Low [heads, 1], step [heads, 1] and level [heads, tokens], so that low + step x level >= ``needed``."""
+    high = needed.amax(1, keepdim=True).clamp_min(_NO_SCALE)
+    low = torch.maximum(needed.amin(1, keepdim=True), high / LEVELS)
+    step = (high - low) / (LEVELS - 1) + high * 1e-6
+    return low, step, ((needed - low) / step).ceil_().clamp_(0, LEVELS - 1)
 
 
 class Scan(NamedTuple):
@@ -133,6 +165,11 @@ class Scan(NamedTuple):
     rest_lse: Tensor
 
 
+Verify = Callable[[npt.NDArray[np.int32]], Tensor]
+"""Tokens [heads, rows], as a scan names them or -1, to what the row's query certainly scores with each (scaled and
+capped), float32 [heads, rows]; -inf where nobody can tell."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reach:
     """What a query asks for.
@@ -144,7 +181,7 @@ class Reach:
 
     distance: float
     most: int | None = None
-    sure: float | None = 3.0
+    sure: float | None = 2.0
 
     def __post_init__(self) -> None:
         if not self.distance >= 0:
@@ -155,7 +192,7 @@ class Reach:
             raise InputError(f"sure is a number of standard deviations above 0, not {self.sure}")
 
     @classmethod
-    def of_share(cls, alpha: float, most: int | None = None, sure: float | None = 3.0) -> Reach:
+    def of_share(cls, alpha: float, most: int | None = None, sure: float | None = 2.0) -> Reach:
         """Every key with at least the share ``alpha`` of the largest weight, 0 < alpha <= 1 (AlayaDB, definition 1)."""
         if not 0 < alpha <= 1:
             raise InputError(f"alpha is a share of the largest weight, above 0 and at most 1, not {alpha}")
@@ -190,39 +227,47 @@ def scan(
     softcap: float | None = None,
     seed: Tensor | None = None,
     scratch: Scratch | None = None,
+    *,
+    distances: npt.NDArray[np.float64] | None = None,
+    verify: Verify | None = None,
 ) -> Scan:
     """Every token of coded blocks that may be within reach of the best score, and an estimate of the others.
 
     q: [heads, rows, k_dim], boundable. blocks: int64 [heads, n], address of each coded block. first, count: int32 [n]:
     which tokens of a block are asked for (the filter). seed: float32 [heads, rows], scores (scaled, capped) of some key
     that is attended anyway: what does not come near it is not looked at closer. Sound for a scan: its bar only rises.
+    distances: of each head, instead of the reach's. verify: asked for the best keys, before the others are compared
+    with them.
     """
     heads, rows, k_dim = q.shape
-    if rows > MOST_ROWS or layout.dims > MOST_DIMS:
-        raise InputError(f"a scan takes {MOST_ROWS} queries of {MOST_DIMS} numbers at most, got {rows} of {k_dim}")
+    most_dims = MOST_DIMS[layout.bits]
+    if rows > MOST_ROWS or layout.dims > most_dims:
+        raise InputError(f"a scan takes {MOST_ROWS} queries of {most_dims} numbers at most, got {rows} of {k_dim}")
     rotated = torch.zeros(heads, rows, layout.dims)
     rotated[..., :k_dim] = q.detach().to("cpu", torch.float32) @ rotation(k_dim)
-    n = blocks.shape[1]
-    every = n * layout.rows
-    room = (scratch or Scratch()).room(heads * every * (16 + 4 * rows))
-    found, n_found = room[: 4 * heads * every].view(np.int32), np.empty(heads, np.int64)
-    top, lse = torch.empty(heads, rows), torch.empty(heads, rows)
-    rest = torch.empty(heads, rows, layout.v_dim)
+    every = blocks.shape[1] * layout.rows
     start = torch.full((heads, rows), -torch.inf) if seed is None else seed.float().contiguous()
-    kernel.scan(
-        rotated, np.ascontiguousarray(blocks), first, count, start,
-        (layout.dims, layout.v_dim, layout.rows, layout.bits, every if reach.most is None else reach.most),
-        (scale, softcap or 0.0, reach.distance, reach.margin(k_dim)),
-        found, n_found, top, rest, lse, room[4 * heads * every :],
+    far = np.full(heads, reach.distance) if distances is None else distances
+    made = Scan([], torch.empty(heads, rows), torch.empty(heads, rows, layout.v_dim), torch.empty(heads, rows))
+    best, most = np.empty((heads, rows), np.int32), every if reach.most is None else reach.most
+    asked = (
+        rotated, np.ascontiguousarray(blocks), first, count,
+        (layout.dims, layout.v_dim, layout.rows, layout.bits, layout.codes_at, most),
+        (scale, softcap or 0.0, reach.margin(k_dim)), far.astype(np.float32),
     )  # fmt: skip
-    tokens = [found[h * every : h * every + int(n_found[h])].copy() for h in range(heads)]
-    return Scan(tokens, top, rest, lse)
+    room = (scratch or Scratch()).room(kernel.scan_room(rotated, blocks.shape[1], layout.v_dim, layout.rows))
+    kernel.scan(*asked, start, best, room, None)
+    if verify is not None:
+        torch.maximum(start, verify(best), out=start)
+    found, n_found = kernel.scan(*asked, start, best, room, made[1:])
+    made.tokens.extend(found[h * every : h * every + int(n_found[h])].copy() for h in range(heads))
+    return made
 
 
 class Codes:
     """Keys of one partition as codes, with the exact keys to verify what the scan finds. keys: float [tokens, dim]."""
 
-    def __init__(self, keys: Tensor, bits: int = 8, block_tokens: int = 256, sure: float | None = None) -> None:
+    def __init__(self, keys: Tensor, bits: int = 4, block_tokens: int = 256, sure: float | None = None) -> None:
         self.keys, self.sure = keys, sure
         self.layout = Layout(block_tokens, keys.shape[1], 1, bits)
         self._coded: list[Tensor | None] = []
@@ -248,11 +293,18 @@ class Codes:
             starts = np.array([i * size for i, _ in coded], np.int64)
             counts = np.minimum(size, tokens - starts).astype(np.int32)
             addresses = np.array([[block.data_ptr() for _, block in coded]], np.int64)
+            rows = self.layout.rows
+
+            def verify(best: npt.NDArray[np.int32]) -> Tensor:
+                at = torch.from_numpy(starts[best // rows] + best % rows)[0]
+                scores = (queries.double() * self.keys[at].double()).sum(1).float()
+                return torch.where(torch.from_numpy(best >= 0), scores - 1e-6 * scores.abs(), -torch.inf)
+
             hits = scan(
                 queries[None], addresses, np.zeros(len(coded), np.int32), counts, self.layout,
-                Reach(beta, None, self.sure), 1.0,
+                Reach(beta, None, self.sure), 1.0, verify=verify,
             ).tokens[0]  # fmt: skip
-            wanted.append(starts[hits // self.layout.rows] + hits % self.layout.rows)
+            wanted.append(starts[hits // rows] + hits % rows)
         candidates = torch.from_numpy(np.sort(np.concatenate(wanted))) if wanted else torch.empty(0, dtype=torch.long)
         scores = queries.float() @ self.keys[candidates].float().T
         if not candidates.numel():

@@ -27,7 +27,10 @@ from torch import Tensor
 from alaya_tiers import kernel
 from alaya_tiers.errors import InputError
 from alaya_tiers.index.base import Found, check_query
-from alaya_tiers.index.codes import MOST_ROWS, boundable
+from alaya_tiers.index.codes import boundable
+
+MOST_ROWS = 64
+"""Queries of one kv head that can walk together."""
 
 SPREAD = 16
 """Keys at even distances that every walk also starts from: somewhere in what is asked for."""

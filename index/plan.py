@@ -17,6 +17,9 @@ import numpy.typing as npt
 
 Heads = npt.NDArray[np.float64]
 
+NEARER = 0.1
+"""By how much a head's reach shrinks in a step that had more than enough, in units of scores."""
+
 LONGEST_PAUSE = 63
 """Steps in a row that a head reads everything without asking whether it still must."""
 
@@ -75,6 +78,10 @@ class Step:
         """Seconds to have one key from disk."""
         return self.block / rates.ssd if self.missed is None else self.missed * rates.page
 
+    def dear(self, found: Heads, rates: Rates) -> npt.NDArray[np.bool_]:
+        """Of heads that have scanned and found so many keys, which had better read everything now."""
+        return np.asarray(self.picks(found, rates) + self.window / rates.read > self.flat(rates))
+
     def most(self, seconds: float, rates: Rates) -> int:
         """How many keys found singly fit into so much time, after window and codes."""
         left = seconds - self.scan(rates)
@@ -99,6 +106,8 @@ class History:
     def __init__(self, heads: int) -> None:
         self.found = np.zeros(heads)
         """Keys that each head found when it looked last."""
+        self.far = np.zeros(heads)
+        """How far below its best each head has had to look lately, in units of scores; at least what alpha says."""
         self.pause, self.left = np.zeros(heads, np.int64), np.zeros(heads, np.int64)
         self.choice = Choice(np.zeros(heads, bool), None)
         self.tokens = 0
@@ -127,12 +136,17 @@ class History:
         self.predicted = float(np.where(look, looked, step.flat(rates)).sum())
         return self.choice
 
-    def judge(self, found: Heads, step: Step, rates: Rates) -> npt.NDArray[np.bool_]:
-        """Note what the heads that looked found; which of them had better read everything now. [heads that looked]."""
+    def deepen(self, heads: npt.NDArray[np.intp], far: Heads, ample: npt.NDArray[np.bool_], least: float) -> None:
+        """Note how far some heads looked; those with more than they need will look a little less far, not below least.
+
+        heads: numbers of kv heads; far, ample: of each.
+        """
+        self.far[heads] = np.maximum(least, far - np.where(ample, NEARER, 0.0))
+
+    def judge(self, found: Heads, flat: npt.NDArray[np.bool_], step: Step, rates: Rates) -> None:
+        """Note what the heads that looked found, and which of them had to read everything after all."""
         look = self.choice.look
-        picks, flat = step.picks(found, rates), step.flat(rates)
-        dear = picks + step.scan(rates) > flat
+        dear = flat | (step.picks(found, rates) + step.scan(rates) > step.flat(rates))
         self.found[look] = found
         self.pause[look] = np.where(dear, np.minimum(LONGEST_PAUSE, 2 * self.pause[look] + 1), 0)
         self.left[look] = self.pause[look]
-        return np.asarray(picks + step.window / rates.read > flat)

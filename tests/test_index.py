@@ -206,7 +206,7 @@ def test_a_seed_raises_the_bar() -> None:
     torch.testing.assert_close(found.top, seed.float())
     nothing = coded.scan(q, Reach.of_share(0.5), seed=seed + 1e6)
     assert [len(tokens) for tokens in nothing.tokens] == [0, 0]
-    assert bool(((nothing.rest_lse - torch.logsumexp(scores, -1)).abs() < 0.02).all())
+    assert bool(((nothing.rest_lse - torch.logsumexp(scores, -1)).abs() < 0.03).all())
 
 
 def test_three_deviations_find_nearly_all() -> None:
@@ -264,10 +264,11 @@ def test_what_makes_no_sense_is_refused() -> None:
     for alpha in (0.0, 1.1, -1.0, math.nan):
         with pytest.raises(InputError):
             Reach.of_share(alpha)
-    with pytest.raises(InputError, match="512 numbers"):
-        Codes(torch.ones(1, 600)).in_range(torch.ones(1, 600), 1.0)
+    for bits, dims in ((8, 600), (4, 1032)):
+        with pytest.raises(InputError, match="numbers at most"):
+            Codes(torch.ones(1, dims), bits).in_range(torch.ones(1, dims), 1.0)
     with pytest.raises(InputError):
         Codes(torch.ones(2, 4)).in_range(torch.ones(1, 4), -1.0)
     coded = Coded(1, 64, 8, 8, 8)
-    with pytest.raises(InputError, match="64 queries"):
-        coded.scan(torch.ones(1, 65, 8), Reach(1.0))
+    with pytest.raises(InputError, match="128 queries"):
+        coded.scan(torch.ones(1, 129, 8), Reach(1.0))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from alaya_tiers import DB
 from alaya_tiers.cache import Visible
+from alaya_tiers.coded import MAGIC
 from alaya_tiers.errors import ConfigError, InputError
 from alaya_tiers.partitions import Partitions
 from tests.tiny import tiny
@@ -120,8 +121,20 @@ def test_a_damaged_index_is_never_believed(path: Path, kv: list[tuple[Tensor, Te
 
 
 def test_an_index_of_other_settings_is_not_used(path: Path, kv: list[tuple[Tensor, Tensor]]) -> None:
-    for steps, _ in ask(path, kv, index_bits=4):
+    for steps, _ in ask(path, kv, index_bits=8):
         assert steps == 0
+
+
+def test_an_index_of_another_version_is_no_damage_and_is_made_anew(path: Path, kv: list[tuple[Tensor, Tensor]]) -> None:
+    for file in indexes(path):
+        file.write_bytes(file.read_bytes().replace(MAGIC, b"alaya-index-1", 1))
+    with opened(path) as db:
+        assert not list(db.verify())
+    for steps, _ in ask(path, kv):
+        assert steps == 0
+    with opened(path) as db:
+        db.build_index(db.contexts()[0].id)
+    assert all(file.read_bytes().startswith(MAGIC) for file in indexes(path))
 
 
 def test_a_small_budget_loads_what_fits(path: Path, kv: list[tuple[Tensor, Tensor]]) -> None:

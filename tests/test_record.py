@@ -86,7 +86,7 @@ def test_a_run_is_written_down_in_order(tmp_path: Path) -> None:
 
 def test_what_heads_found_is_written_exactly(tmp_path: Path) -> None:
     """With no error allowed for that is not there, every key within reach, and none that is far below."""
-    one = session(mode="sparse", alpha=0.02, index_sure=0.0, read_rate=1e6, pick_seconds=1e-9)  # reading all is dear
+    one = session(mode="sparse", alpha=0.02, index_bits=8, index_sure=0.0, read_rate=1e6)  # reading all is dear
     tokens, alpha = 640, 0.02
     k, v = keys(tokens)
     one.update(0, k, v)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -17,6 +18,7 @@ from alaya_tiers import AlayaCache, IndexFullWarning
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.errors import ConfigError, InputError, SessionClosed
 from alaya_tiers.index import plan
+from alaya_tiers.index.codes import Layout
 from alaya_tiers.stats import SparseUse
 from tests.tiny import generate, prompt, tiny
 
@@ -167,7 +169,7 @@ def test_a_small_index_budget_leaves_the_rest_exact() -> None:
 def test_an_index_that_has_room_again_goes_on() -> None:
     k, v = kv(1000)
     q = 12 * torch.randn(1, 8, 1, 16)
-    with filled(k, v, index_budget="256KiB") as cache, _quiet():
+    with filled(k, v, index_budget="128KiB") as cache, _quiet():
         fork = copy.deepcopy(cache)
         fork.session.crop(16)
         fork.session.update(0, k, v)
@@ -435,3 +437,77 @@ def test_settings_that_make_no_sense() -> None:
     for wrong in ({"alpha": 0.0}, {"alpha": 2.0}, {"index_bits": 3}, {"index_sure": -1.0}, {"most_selected": -1}):
         with pytest.raises(ConfigError):
             AlayaCache(**(SIZES | wrong))
+
+
+@pytest.mark.parametrize("heads", [4, 40, 128])
+def test_latents_are_compared_as_whole_rows(heads: int) -> None:
+    """MLA: what is looked for is [latent | rotary key], what is summed is the latent. 128 heads: DeepSeek-V3."""
+    latent, rotary = torch.randn(1, 1, 1000, 32), torch.randn(1, 1, 1000, 8)
+    rows = torch.cat([latent, rotary], -1)
+    q = 4 * torch.randn(1, 1, 1, 40) + 0.2 * torch.randn(1, heads, 1, 40)  # they want much the same
+    with filled(latent, rotary, alpha=0.01, index_sure=0, measure_mass=True) as cache:
+        want = truth(rows, latent, q)
+        for _ in range(2):  # the codes were made for the other way; then there are none
+            got = cache.session.attention(0, q, [Visible.all(1000, 1)], 0.25, latent=True)
+            assert float((got - want).norm() / want.norm()) < 0.03
+            cache.build_index()
+        use = used(cache)
+        assert use.steps == heads
+        assert use.attended < 0.6 * use.visible
+        assert abs(use.recovered - use.true_recovered) < 0.02 * use.steps
+        got = cache.session.attention(0, q[..., :32], [Visible.all(1000, 1)], 0.25)  # and back
+        want = truth(latent, rotary, q[..., :32])
+        assert float((got - want).norm() / want.norm()) < 0.03
+
+
+def test_a_model_with_latents_decodes_sparsely() -> None:
+    model = deepseek()
+    ids, budgets = prompt(1, 700), {"device_budget": "4MiB", "host_budget": "4MiB"}
+    with torch.no_grad(), AlayaCache.for_model(model, **(SIZES | budgets | {"most_selected": 50})) as cache:
+        model(input_ids=ids, past_key_values=cache)
+        cache.build_index()
+        got = model(input_ids=torch.tensor([[5]]), past_key_values=cache).logits
+        assert (used(cache).steps, used(cache).exact) == (2 * 4, 0)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        want = model(input_ids=torch.cat([ids, torch.tensor([[5]])], 1)).logits[:, -1:]
+    torch.testing.assert_close(got, want, atol=2e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("read_rate", [1.0, 1e12], ids=["look deeper", "read everything"])
+def test_heads_attend_to_the_share_that_is_asked_for(read_rate: float) -> None:
+    """Keys that all matter a little: alpha alone leaves most of them to the estimate."""
+    k, v = kv(2000)
+    q = 1.5 * torch.randn(1, 8, 1, 16)
+    with filled(k, v, alpha=0.3, least_mass=0.0, measure_mass=True, read_rate=read_rate, pick_seconds=1e-12) as cache:
+        ask(cache.session, q)
+        assert used(cache).true_least < 0.5
+    with filled(k, v, alpha=0.3, least_mass=0.8, measure_mass=True, read_rate=read_rate, pick_seconds=1e-12) as cache:
+        for step in range(2):
+            cache.session.engine.sparse = SparseUse()
+            got, want = ask(cache.session, q), truth(k, v, q)
+            use = used(cache)
+            assert use.steps + use.exact == 8
+            assert use.least >= 0.8
+            assert use.true_least > 0.75
+            assert float((got - want).norm() / want.norm()) < 0.05
+            once = 2 * 125 * Layout(BLOCK, 16, 16, 4).nbytes
+            assert use.scanned_bytes > once if step == 0 else use.scanned_bytes <= once  # it remembers
+        alphas = cache.session.explain().layers[0].alphas
+        assert all(0 < alpha < 0.3 for alpha in alphas)
+    with filled(k, v, alpha=0.3, least_mass=0.8, most_selected=10) as cache:
+        ask(cache.session, q)
+        assert used(cache).least < 0.5  # a budget is a budget, and it says so
+
+
+def deepseek() -> Any:
+    torch.manual_seed(2)
+    config = transformers.DeepseekV3Config(
+        vocab_size=97, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, n_routed_experts=4, num_experts_per_tok=2, n_group=1,
+        topk_group=1, first_k_dense_replace=1, kv_lora_rank=16, q_lora_rank=16, qk_rope_head_dim=8,
+        qk_nope_head_dim=8, v_head_dim=16,
+        max_position_embeddings=1024, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    model: Any = transformers.DeepseekV3ForCausalLM(config)
+    return model.eval()
