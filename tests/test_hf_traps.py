@@ -14,6 +14,7 @@ from alaya_tiers import AlayaCache
 from alaya_tiers.errors import InputError, ModelChanged
 from alaya_tiers.hf import continuing
 from alaya_tiers.hf.switch import Switched
+from alaya_tiers.hf.weights import weights_sample
 from tests.test_hf_modes import HYBRIDS, hybrid
 from tests.tiny import SMALL, check_spilled, generate, padded, prompt, small_cache, tiny
 
@@ -126,10 +127,10 @@ def test_parameters_of_any_dtype_have_a_digest(dtype: torch.dtype) -> None:
             self.weight = torch.nn.Parameter(torch.ones(3, 5).to(dtype), requires_grad=False)
 
     odd = Odd()
-    before = continuing.weights_digest(odd)
-    assert before == continuing.weights_digest(Odd())
+    before = weights_sample(odd)
+    assert before == weights_sample(Odd())
     odd.weight.data = torch.zeros(3, 5).to(dtype)
-    assert before != continuing.weights_digest(odd)
+    assert before != weights_sample(odd)
 
 
 def test_assisted_decoding_of_a_filled_cache(model: Any) -> None:
@@ -152,7 +153,7 @@ def test_changed_weights(model: Any) -> None:
         assert cache.get_seq_length() == 105
         cache.reset()
         assert generate(trained, cache, {"input_ids": prompt()}).shape == said.shape
-    assert continuing.weights_digest(model) == continuing.weights_digest(pickle.loads(pickle.dumps(model)))
+    assert weights_sample(model) == weights_sample(pickle.loads(pickle.dumps(model)))
 
 
 def test_another_dtype_or_device_or_a_batch_that_grew() -> None:

@@ -27,6 +27,7 @@ from alaya_tiers.explain import Explanation
 from alaya_tiers.hf import continuing
 from alaya_tiers.hf.layer import AlayaLayer
 from alaya_tiers.hf.switch import Switched
+from alaya_tiers.hf.weights import weights_sample
 from alaya_tiers.recorder import Recorder
 from alaya_tiers.snapshot import Model
 from alaya_tiers.stats import Stats
@@ -239,7 +240,7 @@ class AlayaCache(DynamicCache):
     def _continue(self, prompt: continuing.Prompt, length: int) -> int:
         """How many tokens of ``prompt`` need not run. Raises InputError, ModelChanged; nothing was changed then."""
         self._meet(prompt.model)
-        weights = continuing.weights_digest(prompt.model)
+        weights = self._weights_of(prompt.model)
         if not length:
             self._ids, self._weights = prompt.ids if prompt.whole else None, weights
             return 0
@@ -264,6 +265,10 @@ class AlayaCache(DynamicCache):
             self._ids = prompt.ids
         self._weights = weights
         return length
+
+    def _weights_of(self, model: PreTrainedModel) -> str:
+        """What tells this model's weights from others."""
+        return weights_sample(model)
 
     def _meet(self, model: PreTrainedModel) -> None:
         """The model that is about to fill or use the cache."""

@@ -10,10 +10,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import numpy as np
-import torch
-import xxhash
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation.utils import GenerationMixin
 
@@ -66,25 +63,3 @@ def _caller(code: Any) -> FrameType | None:
             return frame
         frame = frame.f_back
     return None
-
-
-SAMPLES = 64
-"""Elements of each parameter that go into ``weights_digest``."""
-
-
-def weights_digest(model: nn.Module) -> str:
-    """A digest of evenly spaced elements of all parameters: tells checkpoints, training steps and adapters apart.
-
-    A change of single elements can go unseen, and so can any change of parameters that are on the meta device or of a
-    tensor class of their own (quantized ones): of these only name, shape and dtype count.
-    """
-    digest = xxhash.xxh3_128()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype};".encode())
-        if parameter.numel() and not parameter.is_meta and type(parameter) in (nn.Parameter, Tensor):
-            at = torch.from_numpy(np.linspace(0, parameter.numel() - 1, SAMPLES).astype(np.int64))
-            plain = parameter.detach()
-            plain = plain.view(torch.uint8) if plain.dtype.itemsize == 1 else plain  # float8 cannot be picked from
-            sample = torch.take(plain, at.to(plain.device))
-            digest.update(sample.cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

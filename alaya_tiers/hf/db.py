@@ -19,8 +19,8 @@ from alaya_tiers.contexts import Chunk, Contexts, Say, silent
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError, InputError, StoreCorrupt, StoreFormat
 from alaya_tiers.hf.cache import AlayaCache, model_of, positions_of
-from alaya_tiers.hf.continuing import weights_digest
 from alaya_tiers.hf.stored import StoredCache, check_layers, samples_of, see
+from alaya_tiers.hf.weights import weights_digest
 from alaya_tiers.identity import Identity, Tokens, model_digest
 from alaya_tiers.manifest import Context, Manifest
 from alaya_tiers.observe import observe

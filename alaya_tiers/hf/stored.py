@@ -14,8 +14,8 @@ from alaya_tiers.cache import Session
 from alaya_tiers.contexts import Contexts
 from alaya_tiers.errors import InputError, SessionClosed, UnsupportedModel
 from alaya_tiers.hf.cache import AlayaCache, positions_of
-from alaya_tiers.hf.continuing import weights_digest
 from alaya_tiers.hf.layer import AlayaLayer
+from alaya_tiers.hf.weights import weights_digest
 from alaya_tiers.needs import Samples
 from alaya_tiers.policies import Reuse
 from alaya_tiers.stats import Stats
@@ -134,6 +134,9 @@ class StoredCache(AlayaCache):
     def flush(self) -> None:
         """Not for a session of a database: the other ones' files are in the same place."""
         raise InputError("a session of a database is not flushed but stored: db.store(session)")
+
+    def _weights_of(self, model: PreTrainedModel) -> str:
+        return weights_digest(model)
 
     def _meet(self, model: PreTrainedModel) -> None:
         self._check_open()
