@@ -2,7 +2,7 @@
 
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,6 +31,7 @@ from alaya_tiers.errors import ContextTooLong, InputError
 from alaya_tiers.explain import Explanation, explain
 from alaya_tiers.layer import AtHand, Layer, Row
 from alaya_tiers.ledger import Ids
+from alaya_tiers.near import Near, rows_of
 from alaya_tiers.needs import Needs
 from alaya_tiers.observe import observe
 from alaya_tiers.pace import Meter
@@ -40,6 +41,9 @@ from alaya_tiers.stats import Stats
 from alaya_tiers.view import Gathered, Heads, Spans, Visible, mask_of, positions_of, tiles
 
 __all__ = ["Session", "Visible"]
+
+BETWEEN, NEAR, HERE = range(3)
+"""Of a run of blocks: some heads' in the device's memory; all heads'; all in memory that the CPU reads."""
 
 FEW_ROWS = 32
 """Up to this many rows a kv head the compiled kernel reads blocks where they are; above, GEMMs read gathered tiles."""
@@ -217,7 +221,7 @@ class Session:
         everything = Visible.all(state.length, 1)
         for r, row in enumerate(state.rows):
             for piece in self._pieces(state, row, wanted):
-                for part in tiles(piece, everything) if isinstance(piece, BlockList) else [piece]:
+                for part in _tiled(piece, everything):
                     here = (part.positions >= lo) & (part.positions < hi)
                     some = slice(None) if here.all() else here
                     at = part.positions[some] - lo
@@ -336,10 +340,13 @@ class Session:
         lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
         past = None if few else visible.past
         for piece in self._pieces(state, row, visible):
+            if few and isinstance(piece, Near) and not latent:
+                yield piece.attend(q, scale, lo, hi, softcap)
+                continue
             if few and isinstance(piece, BlockList):
                 yield attend_blocks(q, replace(piece, latent=latent), scale, lo, hi, softcap)
                 continue
-            for tile in tiles(piece, visible) if isinstance(piece, BlockList) else [piece]:
+            for tile in _tiled(piece, visible):
                 k, v = (tile.rows, tile.k) if latent else (tile.k, tile.v)
                 k, v = k.to(q.device), v.to(q.device)
                 if past is not None and tile.cut and tile.run is not None:
@@ -348,7 +355,7 @@ class Session:
                 mask = mask_of(tile.positions, visible, group, q.shape[0], cut=tile.cut)
                 yield attend_dense(q, k, v, scale, None if mask is None else mask.to(q.device), softcap)
 
-    def _pieces(self, state: Layer, row: Row, visible: Visible) -> Iterator["BlockList | Gathered"]:
+    def _pieces(self, state: Layer, row: Row, visible: Visible) -> Iterator["BlockList | Near | Gathered"]:
         """The blocks of what is visible, batch by batch, each readable until the next is asked for."""
         spans = visible.spans(state.length, state.shape.tokens)
         whole = spans.run.size == row.runs and visible.ranges is None
@@ -372,7 +379,7 @@ class Session:
 
     def _pieces_of(
         self, state: Layer, row: Row, spans: Spans, heads: Heads | None, *, whole: bool
-    ) -> Iterator["BlockList | Gathered"]:
+    ) -> Iterator["BlockList | Near | Gathered"]:
         if not spans.run.size:
             return
         g, size = state.shape.geometry, state.shape.tokens
@@ -382,22 +389,26 @@ class Session:
         upcoming = partial(self._upcoming, state.number) if self.engine.sparse is None else sparse.nothing_more
         book = self.engine.mover.ledger
         for columns, batch in self.engine.reading(ids, upcoming):
-            here, moves = np.asarray(self.engine.on_cpu(batch).all(0)), book.moves
+            on_cpu, moves = self.engine.on_cpu(batch), book.moves
+            here = np.where(on_cpu.all(0), 2, (~on_cpu).all(0))
             column = np.full(runs.size, -1)
             column[columns] = np.arange(columns.size)
-            for on_cpu in (False, True):
+            for where in (NEAR, BETWEEN, HERE):  # what the device does in its own time comes first
                 some = spans.where((of_span := column[place]) >= 0)
                 of_span = of_span[of_span >= 0]
-                chosen = here[of_span] == on_cpu
+                chosen = here[of_span] == where
                 if not chosen.any():
                     continue
                 some, blocks_of = some.where(chosen), batch[:, of_span[chosen]]
                 starts = (some.run * size + some.first).astype(np.int32)
-                if not on_cpu:
+                if where == BETWEEN:
                     yield _gathered(state, blocks_of, some, starts)
                     continue
                 addresses = self.engine.addresses(blocks_of) + some.first.astype(np.int64) * g.row_bytes
                 blocks = BlockList(addresses, starts, some.count, g.k_dim, g.v_dim, g.dtype)
+                if where == NEAR:
+                    yield Near(self.engine, book.device[blocks_of], blocks)
+                    continue
                 if whole and batch is ids and book.moves == moves:  # the pinned stay; what moved would have counted
                     on_device = int(np.count_nonzero(book.device[ids] >= 0)) * state.shape.nbytes
                     rest = ids.size * state.shape.nbytes - on_device
@@ -454,15 +465,20 @@ def _let_go(layers: dict[int, Layer], engine: Engine) -> None:
 
 
 def _gathered(state: Layer, ids: Ids, spans: Spans, starts: npt.NDArray[np.int32]) -> Gathered:
-    """Blocks of which some are in GPU memory, copied together there. ids: [kv_heads, spans]."""
-    device = state.engine.mover.device.tensor(0).device
-    parts = list(zip(spans.first.tolist(), spans.count.tolist(), strict=True))
-    rows = torch.stack(
-        [
-            torch.cat(
-                [state.rows_of(block)[i : i + n].to(device) for block, (i, n) in zip(of_head, parts, strict=True)]
-            )
-            for of_head in ids.tolist()
-        ]
-    )
-    return Gathered(rows, state.shape.geometry.k_dim, positions_of(starts, spans.count), True)
+    """Runs of blocks of which some heads are on the device, copied together there. ids: [kv_heads, spans]."""
+    g, parts = state.shape.geometry, list(zip(spans.first.tolist(), spans.count.tolist(), strict=True))
+    shape = (g.k_dim, g.v_dim, g.dtype)
+    heads = [
+        torch.cat([rows_of(state.engine, block, shape, *part) for block, part in zip(of_head, parts, strict=True)])
+        for of_head in ids.tolist()
+    ]
+    return Gathered(torch.stack(heads), g.k_dim, positions_of(starts, spans.count), True)
+
+
+def _tiled(piece: "BlockList | Near | Gathered", visible: Visible) -> Iterable[Gathered]:
+    """See tiles."""
+    if isinstance(piece, Gathered):
+        return [piece]
+    if isinstance(piece, Near):
+        return tiles(piece.blocks, visible, piece.gather)
+    return tiles(piece, visible)

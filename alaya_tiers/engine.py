@@ -16,9 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from alaya_tiers.attention import write_rows
 from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
 from alaya_tiers.config import Settings
 from alaya_tiers.damage import ADVICE
+from alaya_tiers.devices import device_at
+from alaya_tiers.devices.base import Device
 from alaya_tiers.errors import BudgetTooSmall, ConfigError, InputError, OutOfSpace, SessionClosed, StoreCorrupt
 from alaya_tiers.ledger import Ids, Slots
 from alaya_tiers.loop import LoopThread
@@ -61,6 +64,7 @@ class Engine:
         disk: Disk | None = None,
         executor: Executor | None = None,
         clock: Clock | None = None,
+        device: Device | None = None,
     ) -> None:
         self.settings = settings
         self.sparse = SparseUse() if settings.mode == "sparse" else None
@@ -88,7 +92,7 @@ class Engine:
         self.waited_seconds = self.stalled_seconds = 0.0
         self.stalls = 0
         """How often new blocks had to wait until older ones were written, for ``stalled_seconds`` in all."""
-        self._executor = executor
+        self._executor, self._device = executor, device
         self._mover: Mover | None = None
         self._loop: LoopThread | None = None
         self.partitions: Partitions | None = None
@@ -161,10 +165,12 @@ class Engine:
         ssd = self.store.tier(s.io, self.accountant, s.segment_tokens, s.io_threads)
         ssd.writes = self.wear
         publish = partial(_publish, self.store, ssd, executor, s.segment_tokens, self.wear)
-        device_tier = DeviceTier(s.device_budget, slot_bytes, self.accountant, device)
-        host_tier = HostTier(s.host_budget, slot_bytes, self.accountant)
-        self._mover = Mover(s, self.policies, device_tier, host_tier, ssd, executor, publish)
+        on = self._device or device_at(device)
+        device_tier = DeviceTier(s.device_budget, slot_bytes, self.accountant, on)
+        host_tier = HostTier(s.host_budget, slot_bytes, self.accountant, on)
+        self._mover = Mover(s, self.policies, device_tier, host_tier, ssd, executor, publish, on)
         self._loop = LoopThread()
+        self._mover.on_loop = self._loop.call
         if self.sparse is not None:
             wake = partial(self._loop.call, self._mover.changed)
             self.partitions = Partitions(s, self._mover, self.accountant, wake)
@@ -209,11 +215,11 @@ class Engine:
         """Copy the first ``nbytes`` of blocks, wherever they are, to open blocks. The caller holds the memory."""
         mover = self.mover
         self._wait(mover.load(source, asyncio.Lock()))
-        try:
-            with mover.lock:
-                mover.copy_down(source, target, nbytes)
-        finally:
-            self.unpin(source, used=False)
+        with mover.lock:
+            mover.copy_down(source, target, nbytes)
+            wake = mover.waited_for
+        if wake:
+            self.notify()
 
     def release(self, ids: Ids) -> None:
         """One sequence less holds the blocks."""
@@ -283,11 +289,14 @@ class Engine:
         mover, book = self.mover, self.mover.ledger
         with mover.lock:
             held = mover.hold()  # until this generator ends: another thread may close the engine meanwhile
+            landed = mover.land() and mover.waited_for
             here = book.readable(ids).all(0)
             resident = ids if here.all() else ids[:, here]
             flat = resident.ravel()
             book.pin(flat)
             self._count(flat)
+        if landed:
+            self.notify()
         if resident is ids:
             try:
                 yield np.arange(ids.shape[1]), ids
@@ -363,6 +372,20 @@ class Engine:
     def tensor(self, block: int) -> Tensor:
         """The memory of a pinned block, uint8 [slot_bytes], on the device it lies on."""
         return self.mover.tensor(block)
+
+    def write(self, ids: Ids, offset: int, k: Tensor, v: Tensor) -> None:
+        """Put rows into open blocks, one a head, from byte ``offset`` on. k, v: [kv_heads, n, dim]."""
+        mover = self.mover
+        if mover.device.on_cpu:
+            write_rows(k, v, self.addresses(ids) + offset)
+            return
+        with mover.lock:
+            mover.lanes.write(k, v, mover.ledger.device[ids], offset)
+
+    def blank(self, ids: Ids, start: int, end: int) -> None:
+        """Put zeros into bytes ``start`` to ``end`` of open blocks."""
+        with self.mover.lock:
+            self.mover.lanes.blank(self.mover.ledger.device[ids], start, end)
 
     def note_rows(self, nbytes: int) -> None:
         """Keys and values of so many bytes were picked out of pages."""

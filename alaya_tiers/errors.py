@@ -11,6 +11,7 @@ AlayaError
 ├── ModelChanged (RuntimeError)         the cache was filled by a model with other weights; nothing was run
 ├── StaleHandle (RuntimeError)          keys or values of an earlier step were used after the cache moved on
 ├── SessionClosed (RuntimeError)        the session was closed, or used in a forked process
+├── DeviceError (RuntimeError)          the GPU would not do what the device tier needs; says what to change
 └── StoreError (OSError)                the directory on disk; what was stored before stays readable
     ├── StoreUnwritable (PermissionError)    the directory cannot be created or written
     ├── StoreLocked                     another process has the store open for writing
@@ -75,6 +76,10 @@ class UnsupportedModel(AlayaError, NotImplementedError):
 
 class ModelChanged(AlayaError, RuntimeError):
     """The cache was filled by a model with other weights, or by this one before they changed; nothing was run."""
+
+
+class DeviceError(AlayaError, RuntimeError):
+    """The GPU would not do what the device tier needs; nothing was opened."""
 
 
 class StaleHandle(AlayaError, RuntimeError):

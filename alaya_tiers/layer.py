@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from alaya_tiers.attention import BlockList, write_rows
+from alaya_tiers.attention import BlockList
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.engine import Engine
 from alaya_tiers.index.plan import History
@@ -109,8 +109,7 @@ class Layer:
         for row in self.rows:
             if n and not book.sealed[row.first[-1]]:
                 ids = self._open(row, self.length, n)  # a copy, where a fork shares it: it may be longer than we are
-                for block in ids.tolist():
-                    self.rows_of(block)[n:] = 0
+                self.engine.blank(ids, n * self.shape.geometry.row_bytes, self.shape.nbytes)
                 with self.engine.mover.lock:
                     book.seal(ids)
             row.stream = self.engine.new_stream()
@@ -127,25 +126,11 @@ class Layer:
             offset = (self.length + done) % size
             ids = self._open(row, self.length + done, offset)
             take = min(size - offset, n - done)
-            self._write(ids, offset, k[:, done : done + take], v[:, done : done + take])
+            at = offset * self.shape.geometry.row_bytes
+            self.engine.write(ids, at, k[:, done : done + take], v[:, done : done + take])
             done += take
             if offset + take == size:
                 self.engine.sealed(ids)
-
-    def _write(self, ids: Ids, offset: int, k: Tensor, v: Tensor) -> None:
-        """Put rows into open blocks, from row ``offset`` on. k, v: [kv_heads, n, dim]."""
-        g = self.shape.geometry
-        if self.engine.mover.device.on_cpu:
-            write_rows(k, v, self.engine.addresses(ids) + offset * g.row_bytes)
-            return
-        for head, block in enumerate(ids.tolist()):
-            rows = self.rows_of(block)[offset : offset + k.shape[1]]
-            rows[:, : g.k_dim], rows[:, g.k_dim :] = k[head], v[head]
-
-    def rows_of(self, block: int) -> Tensor:
-        """A pinned or open block as a tensor [block_tokens, k_dim + v_dim]."""
-        g = self.shape.geometry
-        return self.engine.tensor(block)[: self.shape.nbytes].view(g.dtype).view(-1, g.width)
 
     def _open(self, row: Row, position: int, offset: int) -> Ids:
         """The open blocks that hold ``position``, belonging to this row alone."""

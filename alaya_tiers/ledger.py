@@ -9,6 +9,7 @@ A block (see ``alaya_tiers.blocks``) has three independent places and a life:
     -             yes         yes       clean: the host copy may be dropped                written, fetched
     -             -           yes       cold: must be fetched before attention             dropped
     -             FETCHING    yes       a read is on its way; not readable yet             fetching, (un)fetched
+    -             LANDING     any       a copy from the device is on its way; not readable  demoted, landed
     -             WRITING     -         readable, not droppable                            writing, (un)written
 
 A block is readable in its old place until the new place has confirmed. ``refs`` counts the sequences that hold a block,
@@ -26,7 +27,7 @@ Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 Slots = npt.NDArray[np.int32]
 
-IDLE, FETCHING, WRITING = 0, 1, 2
+IDLE, FETCHING, WRITING, LANDING = 0, 1, 2, 3
 NOWHERE, UNCODABLE = -1, -2
 
 _FIELDS: dict[str, tuple[type, int]] = {
@@ -164,14 +165,24 @@ class Ledger:
         return self._reap(ids)
 
     # ------------------------------------------------------------------ moves
-    def demoted(self, ids: Ids, slots: Slots) -> Slots:
-        """Sealed blocks were copied to host ``slots``; the device slots that became free."""
+    def demoted(self, ids: Ids, slots: Slots, *, landing: bool = False) -> Slots:
+        """Sealed blocks were copied to host ``slots``, or are being copied; the device slots that became free."""
         assert (self.host[ids] < 0).all(), "a block was demoted that the host already has"
         assert self.sealed[ids].all(), "an open block was demoted"
         freed = self.device[ids]
         self.moves += 1
         self.device[ids], self.host[ids] = NOWHERE, slots
+        if landing:
+            assert (self.busy[ids] == IDLE).all()
+            self.busy[ids] = LANDING
         return freed
+
+    def landed(self, ids: Ids) -> Freed:
+        """The copies that ``demoted`` announced are complete."""
+        assert (self.busy[ids] == LANDING).all()
+        self.moves += 1
+        self.busy[ids] = IDLE
+        return self._reap(ids)
 
     def writing(self, ids: Ids, files: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> None:
         """A write of dirty host blocks to their places has started."""
@@ -243,11 +254,13 @@ class Ledger:
     # ------------------------------------------------------------------ facts
     def readable(self, ids: Ids) -> Mask:
         """Which blocks are in memory now."""
-        return np.asarray((self.device[ids] >= 0) | ((self.host[ids] >= 0) & (self.busy[ids] != FETCHING)))
+        on_host = (self.host[ids] >= 0) & (self.busy[ids] != FETCHING) & (self.busy[ids] != LANDING)
+        return np.asarray((self.device[ids] >= 0) | on_host)
 
-    def coming(self, ids: Ids) -> Mask:
-        """Which blocks are being fetched."""
-        return np.asarray(self.busy[ids] == FETCHING)
+    def coming(self, ids: Ids | slice) -> Mask:
+        """Which blocks are on their way into host memory."""
+        busy = self.busy[ids]
+        return np.asarray((busy == FETCHING) | (busy == LANDING))
 
     def droppable(self, ids: Ids | slice) -> Mask:
         """Which blocks have a clean host copy that nobody reads."""
@@ -279,8 +292,12 @@ class Ledger:
         return int(np.count_nonzero(self.busy[: self._made] == WRITING))
 
     def fetching_count(self) -> int:
-        """How many blocks are being read."""
-        return int(np.count_nonzero(self.busy[: self._made] == FETCHING))
+        """How many blocks are on their way into host memory."""
+        return int(np.count_nonzero(self.coming(slice(self._made))))
+
+    def landing_count(self) -> int:
+        """How many of them come from the device."""
+        return int(np.count_nonzero(self.busy[: self._made] == LANDING))
 
     def pinned_count(self) -> int:
         """How many blocks are pinned."""

@@ -22,15 +22,21 @@ from torch import Tensor
 
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.config import Settings
+from alaya_tiers.devices.base import Device, Event
+from alaya_tiers.devices.cpu import CPU
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, SessionClosed
 from alaya_tiers.ledger import IDLE, WRITING, Freed, Ids, Ledger, Mask, Slots
 from alaya_tiers.policies import EvictionPolicy, EvictionView, PrefetchPolicy, PrefetchView, WritePolicy, WriteView
 from alaya_tiers.seams import Executor
-from alaya_tiers.tiers.arena import Arena, copy_slots
+from alaya_tiers.tiers.arena import Arena
 from alaya_tiers.tiers.base import Addresses
+from alaya_tiers.tiers.lanes import Lanes
 from alaya_tiers.tiers.ssd import SsdTier
 
 T = TypeVar("T")
+
+FIRST_LOOK, LAST_LOOK = 50e-6, 1e-3
+"""Seconds between two looks at the events of copies: a block of 128 KB is copied in some 5 microseconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,7 @@ class Mover:
         ssd: SsdTier,
         executor: Executor,
         publish: Callable[[int], Coroutine[Any, Any, None]],
+        on: Device = CPU,
     ) -> None:
         self.settings, self.policies, self.device, self.host, self.ssd = settings, policies, device, host, ssd
         self.ledger, self.traffic, self.lock = Ledger(), Traffic(), threading.RLock()
@@ -96,6 +103,11 @@ class Mover:
         self.garbage: list[str] = []
         """Files nothing lives in any more; the writer removes them."""
         self.publish = publish
+        self.lanes = Lanes(on, device, host)
+        self.on_loop: Callable[[Callable[[], None]], None] = lambda work: None
+        """Has the loop call something soon, from any thread. Set by whoever runs the loop of a device with streams."""
+        self._landings: list[tuple[Event, Callable[[], Freed]]] = []
+        self._watcher: asyncio.Task[None] | None = None
         self._executor = executor
         self._changed = asyncio.Event()
         self._publishing = asyncio.Lock()
@@ -123,10 +135,27 @@ class Mover:
         if slots is None:
             return False
         sizes = self.sizes(ids)
-        copy_slots(self.device, self.ledger.device[ids], self.host, slots, sizes)
-        self.device.give(self.ledger.demoted(ids, slots))
+        event = self.lanes.down(self.ledger.device[ids], slots, sizes)
+        self.device.give(self.ledger.demoted(ids, slots, landing=event is not None))
+        if event is not None:
+            self.when(event, partial(self.ledger.landed, ids))
         self.traffic.demoted_bytes += int(sizes.sum())
         return True
+
+    def when(self, event: Event, then: Callable[[], Freed]) -> None:
+        """Do something with the ledger once a copy is complete, and give back what it frees."""
+        self._landings.append((event, then))
+        self.on_loop(self.kick_watcher)
+
+    def land(self) -> bool:
+        """Do what waits for copies that are complete; whether there was anything. Never blocks."""
+        waiting, self._landings = self._landings, []
+        for event, then in waiting:
+            if event.done():
+                self.give_back(then())
+            else:
+                self._landings.append((event, then))
+        return len(self._landings) < len(waiting)
 
     def let_go(self, ids: Ids) -> int:
         """Give up copies in memory of blocks that are on disk too; how many. Others keep theirs."""
@@ -222,12 +251,17 @@ class Mover:
         return self.device.tensor(slot) if slot >= 0 else self.host.tensor(int(self.ledger.host[block]))
 
     def copy_down(self, source: Ids, target: Ids, nbytes: int) -> None:
-        """Copy the first ``nbytes`` of readable, pinned blocks to open ones."""
+        """Copy the first ``nbytes`` of readable blocks to open ones, and unpin them when that is done."""
         book = self.ledger
         sizes = np.full(source.size, nbytes, np.int64)
         here = book.device[source] >= 0
-        for tier, slots, mine in ((self.device, book.device, here), (self.host, book.host, ~here)):
-            copy_slots(tier, slots[source[mine]], self.device, book.device[target[mine]], sizes[mine])
+        self.lanes.across(book.device[source[here]], book.device[target[here]], sizes[here])
+        below, into = book.host[source[~here]], book.device[target[~here]]
+        event = self.lanes.up(below, into, sizes[~here]) if below.size else None
+        if event is None:
+            self.give_back(book.unpin(source))
+        else:
+            self.when(event, partial(book.unpin, source))
 
     def hold(self) -> object:
         """Keeps the tiers' memory mapped for as long as it lives. Under the lock. Raises SessionClosed."""
@@ -304,7 +338,7 @@ class Mover:
         try:
             self.kick_writer()
             with self.working():
-                await self._until(lambda: None if self._writer is not None or self.ledger.dirty_ids().size else True)
+                await self._until(lambda: None if self._unflushed() else True)
                 for number, file in enumerate(self.ssd.files):
                     if file.live and file.written and not file.published:
                         await self._make_public(number)
@@ -344,6 +378,11 @@ class Mover:
         if self._reader_ahead is None and upcoming.size:
             self._reader_ahead = asyncio.get_running_loop().create_task(self._read_ahead(upcoming))
 
+    def kick_watcher(self) -> None:
+        """Start to watch for copies that become complete. On the loop only."""
+        if self._watcher is None and self._landings:
+            self._watcher = asyncio.get_running_loop().create_task(self._watch())
+
     def changed(self) -> None:
         """Wake whoever waits. On the loop only."""
         self._changed.set()
@@ -354,16 +393,36 @@ class Mover:
         with self.lock:
             self._closing = True
         self.changed()
-        for task in (self._writer, self._reader_ahead):
+        for task in (self._writer, self._reader_ahead, self._watcher):
             if task is not None:
                 task.cancel()
-        while busy := [*self._operations, *self._workers, *filter(None, (self._writer, self._reader_ahead))]:
+        self.lanes.device.settle()
+        while busy := [
+            *self._operations, *self._workers, *filter(None, (self._writer, self._reader_ahead, self._watcher))
+        ]:  # fmt: skip
             await asyncio.gather(*busy, return_exceptions=True)
-            for name in ("_writer", "_reader_ahead"):  # one cancelled before its first step never clears its name
+            for name in ("_writer", "_reader_ahead", "_watcher"):  # cancelled before its first step: it clears no name
                 if (task := getattr(self, name)) is not None and task.done():
                     setattr(self, name, None)
 
     # ------------------------------------------------------------------ inside
+    async def _watch(self) -> None:
+        """Ask the events of copies, less and less often: a host callback of CUDA may not take our lock."""
+        pause = FIRST_LOOK
+        try:
+            while self._landings:
+                with self.lock:
+                    landed = self.land()
+                    more = landed and self.wants_writer()
+                if landed:
+                    self.changed()
+                if more:
+                    self.kick_writer()
+                pause = FIRST_LOOK if landed else min(2 * pause, LAST_LOOK)
+                await asyncio.sleep(pause)
+        finally:
+            self._watcher = None
+
     async def _until(self, attempt: Callable[[], T | None]) -> T:
         """The first result of ``attempt`` that is not None; it is tried, under the lock, after every change."""
         first = True
@@ -596,6 +655,9 @@ class Mover:
                     raise
                 return  # all its blocks died meanwhile and it was removed
             file.published = file.written == written
+
+    def _unflushed(self) -> bool:
+        return self._writer is not None or bool(self.ledger.dirty_ids().size or self.ledger.landing_count())
 
     def _places(self, ids: Ids) -> list[tuple[int, int]]:
         book = self.ledger

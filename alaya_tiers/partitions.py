@@ -22,10 +22,11 @@ from alaya_tiers import kernel
 from alaya_tiers.attention import parts_of_row
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.config import Settings
+from alaya_tiers.devices.cpu import plain_slab
 from alaya_tiers.index.codes import MOST_DIMS, Layout, Scratch, encode
 from alaya_tiers.ledger import NOWHERE, UNCODABLE, Ids
 from alaya_tiers.mover import Mover
-from alaya_tiers.tiers.arena import Arena, plain_slab
+from alaya_tiers.tiers.arena import Arena
 from alaya_tiers.tiers.base import Accountant
 
 MOST_WANTED = 64

@@ -1,6 +1,6 @@
 """What queries see, and the tiles of KV that many queries attend at a time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -17,6 +17,9 @@ Heads = npt.NDArray[np.intp]
 
 TILE_TOKENS = 4096
 """Tokens gathered at a time for many rows: bounds the scratch memory of prefill."""
+
+
+Gather = Callable[[BlockList, int, int], tuple[Tensor, Tensor]]
 
 
 class Extra(Protocol):
@@ -140,8 +143,11 @@ def positions_of(starts: npt.NDArray[np.int32], counts: npt.NDArray[np.int32]) -
     return torch.from_numpy(np.concatenate(runs))
 
 
-def tiles(blocks: BlockList, visible: Visible) -> Iterator[Gathered]:
-    """Blocks copied together for many rows, at most TILE_TOKENS at a time, what no query sees left out."""
+def tiles(blocks: BlockList, visible: Visible, gather: Gather = gather) -> Iterator[Gathered]:
+    """Blocks copied together for many rows, at most TILE_TOKENS at a time, what no query sees left out.
+
+    gather: attention.gather, or the same where the blocks are.
+    """
     ends = blocks.starts + blocks.counts
     seen = (ends > visible.lo.min()) & (blocks.starts < visible.hi.max())
     whole = (blocks.starts >= visible.lo.max()) & (ends <= visible.hi.min())

@@ -121,8 +121,8 @@ class Sim:
             Traced(Watermark(s.dirty_limit), self.note),
         )
         self.ssd = SsdTier("/sim", self.disk, books, s.segment_tokens, s.io_threads, direct=True)
-        self.device = PoisonedDevice(s.device_budget, PAGE, books, torch.device("cpu"))
-        self.host = PoisonedHost(s.host_budget, PAGE, books, pinned=False)
+        self.device = PoisonedDevice(s.device_budget, PAGE, books)
+        self.host = PoisonedHost(s.host_budget, PAGE, books)
         self.mover = Mover(s, policies, self.device, self.host, self.ssd, self.executor, self._publish)
         self.mover.shapes.update(shapes)
         self.stamps = self.streams = 0

@@ -1,88 +1,177 @@
-"""The device tier that the CPU cannot read: the code that runs with CUDA, over plain memory declared unreadable."""
+"""Streams, simulated: copies come late, in an order a seed decides, and whoever does not wait is found out."""
 
-from functools import partial
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from transformers import DynamicCache
 
 from alaya_tiers import AlayaCache, engine
 from alaya_tiers.attention import attend_naive
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.config import Settings
+from alaya_tiers.devices.base import COMPUTE, DOWN, UP
+from alaya_tiers.devices.order import Order, Wait
+from alaya_tiers.devices.simulated import Race, Simulated
 from alaya_tiers.engine import Engine
-from alaya_tiers.tiers.arena import Arena
 from alaya_tiers.tiers.base import Accountant
+from alaya_tiers.tiers.device import DeviceTier
+from alaya_tiers.tiers.host import HostTier
+from alaya_tiers.tiers.lanes import Lanes, paired
+from tests.tiny import check_spilled, generate, padded, small_cache
 
 LAYERS, HEADS, GROUP, DIM = 2, 2, 2, 16
+SEEDS = range(4)
 
 
-class FarTier(Arena):
-    """As DeviceTier is with CUDA: no address of it may reach a CPU kernel."""
-
-    def __init__(self, budget: int, slot_bytes: int, accountant: Accountant, device: torch.device) -> None:
-        self.on_cpu = False
-        super().__init__(
-            "device", budget, slot_bytes, accountant, partial(torch.empty, dtype=torch.uint8, device=device)
-        )
-        self._addresses[:] = 1  # a segmentation fault for whoever uses it
-
-    def _grow(self) -> None:
-        super()._grow()
-        self._addresses[:] = 1
+def slots(*numbers: int) -> Any:
+    return np.array(numbers, np.int32)
 
 
-@pytest.fixture
-def far(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "DeviceTier", FarTier)
-
-
-@pytest.mark.usefixtures("far")
-@pytest.mark.parametrize("chunk", [1, 5, 40])
-@pytest.mark.parametrize("device_runs", [1, 4, 100])
-def test_attention_over_three_tiers(chunk: int, device_runs: int) -> None:
-    slots = (LAYERS + device_runs) * HEADS
+def over_three_tiers(device: Simulated, chunk: int, device_runs: int, tokens: int = 80) -> Engine:
+    """Attention of every chunk of a sequence, compared; a fork that goes on; all keys and values at the end."""
     eng = Engine(
         Settings(
-            device_budget=slots * 4096, host_budget=4 * HEADS * 4096, block_tokens=8, segment_tokens=32, io="buffered"
-        )
+            device_budget=(LAYERS + device_runs) * HEADS * 4096,
+            host_budget=4 * HEADS * 4096,
+            block_tokens=8,
+            segment_tokens=32,
+            io="buffered",
+        ),
+        device=device,
     )
-    session = Session(eng)
-    k = torch.randn(LAYERS, 1, HEADS, 120, DIM)
-    v = torch.randn(LAYERS, 1, HEADS, 120, DIM)
-    for past in range(0, 120, chunk):
-        n = min(chunk, 120 - past)
-        for layer in range(LAYERS):
-            new = slice(past, past + n)
-            session.update(layer, k[layer][:, :, new], v[layer][:, :, new])
-            q = torch.randn(1, HEADS * GROUP, n, DIM)
-            got = session.attention(layer, q, [Visible.causal(past, n)], 0.25)
-            mask = torch.ones(n, past + n, dtype=torch.bool).tril(past)[None].repeat(1, GROUP, 1)
-            seen = k[layer][0, :, : past + n], v[layer][0, :, : past + n]
-            want = attend_naive(q.reshape(HEADS, GROUP * n, DIM), *seen, 0.25, mask).out
-            torch.testing.assert_close(got.reshape(want.shape), want, rtol=1e-4, atol=1e-5)
-    got_k, got_v = session.gather(1)
-    assert torch.equal(got_k, k[1])
-    assert torch.equal(got_v, v[1])
-    assert (session.stats().read_bytes > 0) == (device_runs < 100)
-    eng.close()
+    try:
+        session = Session(eng)
+        k = torch.randn(LAYERS, 1, HEADS, tokens, DIM)
+        v = torch.randn(LAYERS, 1, HEADS, tokens, DIM)
+        for past in range(0, tokens, chunk):
+            n = min(chunk, tokens - past)
+            for layer in range(LAYERS):
+                new = slice(past, past + n)
+                session.update(layer, k[layer][:, :, new], v[layer][:, :, new])
+                q = torch.randn(1, HEADS * GROUP, n, DIM)
+                got = session.attention(layer, q, [Visible.causal(past, n)], 0.25)
+                mask = torch.ones(n, past + n, dtype=torch.bool).tril(past)[None].repeat(1, GROUP, 1)
+                seen = k[layer][0, :, : past + n], v[layer][0, :, : past + n]
+                want = attend_naive(q.reshape(HEADS, GROUP * n, DIM), *seen, 0.25, mask).out
+                torch.testing.assert_close(got.reshape(want.shape), want, rtol=1e-4, atol=1e-5)
+        session.select(1, [0, 0])
+        more = torch.randn(2, HEADS, 9, DIM)
+        session.update(1, more, more)
+        got_k, _ = session.gather(1)
+        assert torch.equal(got_k, torch.cat([k[1].repeat(2, 1, 1, 1), more], 2))
+        assert not device.races
+        assert device.copies or device_runs == 100
+        return eng
+    finally:
+        eng.close()
 
 
-@pytest.mark.usefixtures("far")
-def test_forks_copy_what_they_share() -> None:
-    eng = Engine(
-        Settings(device_budget=12 * 4096, host_budget=8 * 4096, block_tokens=8, segment_tokens=32, io="buffered")
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("chunk", "device_runs", "tokens"), [(1, 1, 40), (5, 4, 80), (40, 2, 120), (7, 100, 40)])
+def test_attention_over_three_tiers(seed: int, chunk: int, device_runs: int, tokens: int) -> None:
+    over_three_tiers(Simulated(seed, eagerness=(0.5, 0.8, 0.95)[seed % 3]), chunk, device_runs, tokens)
+
+
+class Deaf(Simulated):
+    """Streams do not wait for one other: what a forgotten wait would do."""
+
+    def __init__(self, seed: int, stream: int) -> None:
+        super().__init__(seed, eagerness=0.2)
+        self._stream = stream
+
+    def wait(self, stream: int, event: Any) -> None:
+        if stream != self._stream:
+            super().wait(stream, event)
+
+
+@pytest.mark.parametrize("stream", [COMPUTE, DOWN])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_wait_that_is_left_out_is_found(stream: int, seed: int) -> None:
+    with pytest.raises(Race):
+        over_three_tiers(Deaf(seed, stream), 5, 1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_host_slot_that_is_read_too_early_is_found(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the ledger's LANDING attention would read poison."""
+    monkeypatch.setattr("alaya_tiers.ledger.Ledger.coming", lambda self, ids: self.busy[ids] == 1)
+    monkeypatch.setattr(
+        "alaya_tiers.ledger.Ledger.readable", lambda self, ids: (self.device[ids] >= 0) | (self.host[ids] >= 0)
     )
-    session = Session(eng)
-    k = torch.randn(1, HEADS, 61, DIM)
-    session.update(0, k, k)
-    session.select(0, [0, 0])
-    more = torch.randn(2, HEADS, 9, DIM)
-    session.update(0, more, more)
-    session.crop(66, 0)
-    session.update(0, more[:, :, :2], more[:, :, :2])
-    got, _ = session.gather(0)
-    assert torch.equal(got, torch.cat([k.repeat(2, 1, 1, 1), more[:, :, :5], more[:, :, :2]], 2))
-    eng.close()
+    with pytest.raises(AssertionError):
+        over_three_tiers(Simulated(seed, eagerness=0.1), 5, 1)
+
+
+def test_tokens_are_those_of_a_dynamic_cache(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = Simulated(5, eagerness=0.9)
+    monkeypatch.setattr(engine, "device_at", lambda place: device)
+    model.set_attn_implementation("alaya")
+    try:
+        for inputs, rows in ((padded(2), 2),):
+            want = generate(model, DynamicCache(config=model.config), inputs)
+            with small_cache(model, rows) as cache:
+                assert torch.equal(generate(model, cache, inputs), want)
+                check_spilled(cache)
+            with small_cache(model, 3 * rows) as cache:
+                beams = generate(model, cache, inputs, num_beams=3, do_sample=False)
+            assert torch.equal(
+                beams, generate(model, DynamicCache(config=model.config), inputs, num_beams=3, do_sample=False)
+            )
+    finally:
+        model.set_attn_implementation("sdpa")
+    assert device.waits
+    assert not device.races
+
+
+# ---------------------------------------------------------------------- the order of accesses
+def test_who_waits_for_whom() -> None:
+    order, none = Order(4), slots()
+    assert order.before(COMPUTE, none, slots(0, 1)) == []
+    wrote = order.after(COMPUTE, none, slots(0, 1))
+    assert order.before(DOWN, slots(0), none) == [Wait(COMPUTE, wrote)], "a copy reads what a kernel wrote"
+    copied = order.after(DOWN, slots(0), none)
+    assert order.before(DOWN, slots(1), none) == [], "it has waited for that already"
+    order.after(DOWN, slots(1), none)
+    assert order.before(COMPUTE, slots(0), none) == [], "two may read"
+    read = order.after(COMPUTE, slots(0), none)
+    assert order.before(UP, none, slots(0)) == [Wait(COMPUTE, read), Wait(DOWN, copied)], "a write follows all reads"
+    up = order.after(UP, none, slots(0))
+    assert order.before(COMPUTE, slots(0), none) == [Wait(UP, up)]
+    assert order.before(COMPUTE, slots(3), none) == []
+
+
+def test_a_simulated_copy_is_late_and_then_whole() -> None:
+    device = Simulated(0, eagerness=0.0)
+    source, target = torch.arange(4096, dtype=torch.int32).view(torch.uint8), torch.zeros(16384, dtype=torch.uint8)
+    device.copy(UP, [source], [target])
+    assert target.view(torch.float32).isnan().all()
+    event = device.record(UP)
+    assert not event.done()
+    device.settle()
+    assert event.done()
+    assert torch.equal(source, target)
+    device.copy(UP, [source], [target])
+    source[0] = 1
+    with pytest.raises(Race, match="changed"):
+        device.settle()
+
+
+def test_slots_side_by_side_are_copied_in_one_piece() -> None:
+    books = Accountant({"device": None, "host": None})
+    near, far = DeviceTier(12 << 20, 1 << 20, books), HostTier(40 << 20, 1 << 20, books)
+    assert near.take(12) is not None
+    assert far.take(40) is not None
+    sizes = np.full(6, 1 << 20, np.int64)
+    sources, targets = paired(near, slots(3, 2, 1, 7, 8, 9), far, slots(13, 12, 11, 14, 15, 16), sizes)
+    assert [s.numel() >> 20 for s in sources] == [3, 2, 1], "host slots 15 and 16 are in two slabs"
+    assert [t.data_ptr() for t in targets] == far.addresses(slots(11, 14, 16)).tolist()
+    sizes[0] = 5
+    sources, _ = paired(near, slots(3, 4), far, slots(3, 4), sizes[:2])
+    assert [s.numel() for s in sources] == [5, 1 << 20], "a part of a slot ends a piece"
+    lanes = Lanes(Simulated(1), near, far)
+    assert lanes.down(slots(1), slots(2), sizes[1:2]) is not None
 
 
 @pytest.mark.gpu

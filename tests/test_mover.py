@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from alaya_tiers.blocks import PAGE
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, IOFailed
@@ -21,19 +20,19 @@ from tests.simulation import Player, Sim
 
 class TestDeviceTier(MemoryTierTests):
     def make(self, accountant: Accountant, budget: int) -> MemoryTier:
-        return DeviceTier(budget, self.slot_bytes, accountant, torch.device("cpu"))
+        return DeviceTier(budget, self.slot_bytes, accountant)
 
 
 class TestHostTier(MemoryTierTests):
     def make(self, accountant: Accountant, budget: int) -> MemoryTier:
-        return HostTier(budget, self.slot_bytes, accountant, pinned=False)
+        return HostTier(budget, self.slot_bytes, accountant)
 
 
 class TestHostTierOfManySlabs(MemoryTierTests):
     slots, slot_bytes = 5, 8 << 20
 
     def make(self, accountant: Accountant, budget: int) -> MemoryTier:
-        return HostTier(budget, self.slot_bytes, accountant, pinned=False)
+        return HostTier(budget, self.slot_bytes, accountant)
 
 
 class TestLru(EvictionPolicyTests):

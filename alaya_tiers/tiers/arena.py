@@ -1,43 +1,31 @@
 """Slots over slabs of memory that grow up to a budget: the common body of the device and the host tier."""
 
-import contextlib
-import mmap
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from alaya_tiers import kernel
 from alaya_tiers.tiers.base import Accountant, Addresses, Slots
 
 SLAB_BYTES = 16 << 20
 """A slab's size: memory is mapped (and pinned, with CUDA) in steps of this, not in one stall at the start."""
 
 
-def plain_slab(nbytes: int) -> Tensor:
-    """Page-aligned memory of this process."""
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # fewer TLB misses where the kernel has huge pages, else no difference
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
-
-
-def pinned_slab(nbytes: int) -> Tensor:
-    """Host memory registered with CUDA, page-aligned."""
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
-
-
 class Arena:
     """A MemoryTier of at most ``budget`` bytes; its slabs come from ``make_slab`` and are accounted for."""
 
-    on_cpu = True
-
     def __init__(
-        self, name: str, budget: int, slot_bytes: int, accountant: Accountant, make_slab: Callable[[int], Tensor]
+        self,
+        name: str,
+        budget: int,
+        slot_bytes: int,
+        accountant: Accountant,
+        make_slab: Callable[[int], Tensor],
+        *,
+        on_cpu: bool = True,
     ) -> None:
+        self.on_cpu = on_cpu
         self.name, self.slot_bytes, self.capacity = name, slot_bytes, budget // slot_bytes
         self._accountant, self._make_slab = accountant, make_slab
         self._per_slab = max(1, SLAB_BYTES // slot_bytes)
@@ -78,6 +66,15 @@ class Arena:
         slab, index = divmod(slot, self._per_slab)
         return self._slabs[slab][index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
+    def span(self, slot: int, nbytes: int) -> Tensor:
+        """Memory from a slot on, over its neighbours in its slab, uint8 [nbytes]."""
+        slab, index = divmod(slot, self._per_slab)
+        return self._slabs[slab][index * self.slot_bytes : index * self.slot_bytes + nbytes]
+
+    def same_slab(self, a: Slots, b: Slots) -> npt.NDArray[np.bool_]:
+        """Which pairs of slots are of one slab."""
+        return np.asarray(a // self._per_slab == b // self._per_slab)
+
     def hold(self) -> object:
         return self._slabs
 
@@ -98,12 +95,3 @@ class Arena:
         self._addresses[self._made : self._made + n] = slab.data_ptr() + np.arange(n) * self.slot_bytes
         self._free[:0] = range(self._made + n - 1, self._made - 1, -1)
         self._made += n
-
-
-def copy_slots(source: Arena, src: Slots, target: Arena, dst: Slots, nbytes: npt.NDArray[np.int64]) -> None:
-    """Copy the first ``nbytes[i]`` of slot ``src[i]`` to slot ``dst[i]``; complete on return."""
-    if source.on_cpu and target.on_cpu:
-        kernel.copy(source.addresses(src), target.addresses(dst), nbytes, None)
-        return
-    for s, d, n in zip(src.tolist(), dst.tolist(), nbytes.tolist(), strict=True):
-        target.tensor(d)[:n].copy_(source.tensor(s)[:n])

@@ -1,14 +1,13 @@
-"""The host tier: RAM, pinned when there is CUDA so that copies to the GPU run at the speed of the bus."""
+"""The host tier: RAM, registered with the device so that copies to it run at the speed of the bus."""
 
-import torch
-
-from alaya_tiers.tiers.arena import Arena, pinned_slab, plain_slab
+from alaya_tiers.devices.base import Device
+from alaya_tiers.devices.cpu import CPU
+from alaya_tiers.tiers.arena import Arena
 from alaya_tiers.tiers.base import Accountant
 
 
 class HostTier(Arena):
     """Slots in host memory; ``budget`` bytes at most."""
 
-    def __init__(self, budget: int, slot_bytes: int, accountant: Accountant, *, pinned: bool | None = None) -> None:
-        pinned = torch.cuda.is_available() if pinned is None else pinned
-        super().__init__("host", budget, slot_bytes, accountant, pinned_slab if pinned else plain_slab)
+    def __init__(self, budget: int, slot_bytes: int, accountant: Accountant, device: Device = CPU) -> None:
+        super().__init__("host", budget, slot_bytes, accountant, device.host_slab)
