@@ -184,6 +184,13 @@ class Writes(Protocol):
         ...
 
 
+def _clear_padding(run: Run) -> None:
+    """Zeros behind blocks that do not fill their pages: what lay there before may be another tenant's."""
+    used, nbytes = run.file.shape.nbytes, run.file.stride
+    for address in run.addresses if used < nbytes else ():
+        memory(address + used, nbytes - used)[:] = bytes(nbytes - used)
+
+
 class SsdTier:
     """Extents of one session's files under ``directory``.
 
@@ -372,6 +379,7 @@ class SsdTier:
             pages = digest.pages_at(np.array(run.addresses), run.file.shape.nbytes)
             digests.append(digest.of_pages(pages))
             members += run.members
+            _clear_padding(run)
             self._move(self._disk.write, run, "write")
             run.file.pages[run.blocks], run.file.known[run.blocks] = pages, True
         return members, np.concatenate(digests)
