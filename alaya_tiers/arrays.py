@@ -11,7 +11,7 @@ from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
 from alaya_tiers.errors import StoreCorrupt
 from alaya_tiers.manifest import LayerBlocks, Manifest, Segment
 from alaya_tiers.seams import Disk, read_up_to, write_all, write_new
-from alaya_tiers.tiers.ssd import translate
+from alaya_tiers.tiers.files import translate
 from alaya_tiers.tiers.zarr_format import array_json, group_json, shard_index
 
 PIECE = 1 << 20

@@ -25,7 +25,7 @@ from alaya_tiers.manifest import MOST_BYTES, Context, Manifest, Segment
 from alaya_tiers.needs import MOST_BYTES as NEEDS_BYTES
 from alaya_tiers.needs import Needs
 from alaya_tiers.seams import Disk, write_new
-from alaya_tiers.tiers.ssd import translate
+from alaya_tiers.tiers.files import translate
 from alaya_tiers.tiers.zarr_format import attributes_of, group_json
 
 GENERATIONS, SEGMENTS = "generations", "segments"

@@ -18,7 +18,7 @@ from alaya_tiers.errors import StoreCorrupt, StoreFormat, StoreLocked, StoreMism
 from alaya_tiers.leftovers import LEFT, is_session
 from alaya_tiers.manifest import MOST_BYTES, Manifest, Segment
 from alaya_tiers.seams import Disk
-from alaya_tiers.tiers.ssd import translate
+from alaya_tiers.tiers.files import translate
 from alaya_tiers.tiers.zarr_format import FORMAT, attributes_of
 from alaya_tiers.verify import Damage, verify
 

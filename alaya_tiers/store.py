@@ -39,7 +39,8 @@ from alaya_tiers.manifest import Entry, Manifest
 from alaya_tiers.seams import Disk
 from alaya_tiers.snapshot import Model, Shelf, open_here
 from alaya_tiers.tiers.base import Accountant
-from alaya_tiers.tiers.ssd import SsdTier, translate
+from alaya_tiers.tiers.files import translate
+from alaya_tiers.tiers.ssd import SsdTier
 from alaya_tiers.tiers.zarr_format import FORMAT, array_json, group_json
 
 _PREFIX = "alaya-tiers-"
