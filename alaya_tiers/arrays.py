@@ -7,11 +7,13 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from alaya_tiers import digest
 from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
+from alaya_tiers.digest import Digests
 from alaya_tiers.errors import StoreCorrupt
 from alaya_tiers.manifest import LayerBlocks, Manifest, Segment
 from alaya_tiers.seams import Disk, read_up_to, write_all, write_new
-from alaya_tiers.tiers.files import translate
+from alaya_tiers.tiers.files import digests_behind, translate
 from alaya_tiers.tiers.zarr_format import array_json, group_json, shard_index
 
 PIECE = 1 << 20
@@ -56,11 +58,15 @@ def write_array(
         try:
             taken = disk.open(partial, create=True, direct=False)
             try:
+                pages = np.zeros((offsets.size, digest.pages_in(shape.nbytes)), np.uint64)
                 for offset in offsets[offsets >= 0].tolist():
                     end = offset + shape.nbytes
-                    for at in range(offset, end, PIECE):
-                        _copy(disk, given, taken, at, min(PIECE, end - at), shard)
-                write_all(disk, taken, shard_index(offsets, shape.nbytes), offsets.size * stride_of(layer))
+                    copied = [
+                        _copy(disk, given, taken, at, min(PIECE, end - at), shard) for at in range(offset, end, PIECE)
+                    ]
+                    pages[offset // stride_of(layer)] = np.concatenate(copied)
+                behind = digests_behind(pages) + shard_index(offsets, shape.nbytes)
+                write_all(disk, taken, behind, offsets.size * stride_of(layer))
             finally:
                 disk.close(taken)
         finally:
@@ -95,11 +101,13 @@ def _in_place(disk: Disk, partial: str, path: str) -> None:
     disk.sync(os.path.dirname(path))
 
 
-def _copy(disk: Disk, given: int, taken: int, offset: int, nbytes: int, path: str) -> None:
+def _copy(disk: Disk, given: int, taken: int, offset: int, nbytes: int, path: str) -> Digests:
+    """A piece of a block; the digests of its pages."""
     data = read_up_to(disk, given, offset, nbytes)
     if len(data) < nbytes:
         raise StoreCorrupt(errno.EIO, "the file ends before the block does", path)
     write_all(disk, taken, data, offset)
+    return digest.pages_of(data)
 
 
 def _numbers(folder: str) -> tuple[int, int, int]:

@@ -187,6 +187,7 @@ class Engine:
         self._reap()
         mover = self.mover
         with mover.lock:
+            mover.hold()  # closed meanwhile, it has no room, which is not the budget's fault
             slots = mover.try_device(heads)
             if slots is not None:
                 first = mover.ledger.opened(layer, stream, start, slots)

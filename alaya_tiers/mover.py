@@ -230,10 +230,9 @@ class Mover:
         return max(0, self.host.free + self.ledger.droppable_ids().size - self.host_floor // self.host.slot_bytes)
 
     def pageable(self, ids: Ids) -> Mask:
-        """Which blocks are on ssd only, and written so that their pages can be read singly."""
+        """Which blocks are on ssd only: single pages of them can be read."""
         book = self.ledger
         cold = (book.file[ids] >= 0) & (book.device[ids] < 0) & (book.host[ids] < 0) & (book.busy[ids] == IDLE)
-        cold[cold] = self.ssd.knows(book.file[ids[cold]], book.offset[ids[cold]])
         return np.asarray(cold)
 
     def addresses(self, ids: Ids) -> Addresses:

@@ -229,7 +229,7 @@ class Pages:
             try:
                 with mover.lock:
                     at = book.offset[blocks] + numbers * PAGE
-                    jobs = mover.ssd.page_jobs(book.file[blocks], at, self.addresses(slots))
+                    jobs = mover.ssd.page_jobs(book.file[blocks], at, self.addresses(slots), book.digest[blocks])
                 errors = await mover.run_reads(jobs)
             except BaseException as error:
                 errors.append(error)
@@ -238,6 +238,7 @@ class Pages:
                 with mover.lock:
                     self._batches.pop(batch, None)
                     self._coming[slots], self._came[slots] = False, self._clock.monotonic()
+                    mover.traffic.read_bytes += mover.ssd.learned()
                     if errors:
                         self._orphan(slots)
                     else:

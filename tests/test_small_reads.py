@@ -47,7 +47,7 @@ def test_what_lies_apart_is_read_by_one_call(
     assert calls == [len(APART)]
     assert np.array_equal(stored.memory[APART], stored.data[APART])
     assert not stored.memory[1::2].any()
-    assert stored.tier.knows(stored.files, stored.offsets).tolist() == [i % 2 == 0 for i in range(HEADS * RUNS)]
+    assert stored.tier.files[0].known.tolist() == [i % 2 == 0 for i in range(HEADS * RUNS)]
     read_blocks(stored, np.arange(HEADS * RUNS))
     assert calls == [len(APART)], "neighbours are one large read"
     assert np.array_equal(stored.memory, stored.data)

@@ -50,7 +50,7 @@ class Stored:
         """Into their place in memory, which is emptied first."""
         self.memory[:] = 0
         offsets, addresses = self.offsets[blocks] + pages * PAGE, self.addresses[blocks] + pages * PAGE
-        for job in self.tier.page_jobs(self.files[blocks], offsets, addresses):
+        for job in self.tier.page_jobs(self.files[blocks], offsets, addresses, self.digests[blocks]):
             job()
 
 
@@ -111,6 +111,57 @@ def test_a_file_that_ends_early_or_is_gone(tmp_path: Path) -> None:
     stored.tier.remove(str(path))
     with pytest.raises(StoreCorrupt, match="missing"):
         stored.read(last, np.array([0, 0]))
+
+
+def _opened_again(stored: Stored) -> None:
+    """Another process has the file now: of its pages it knows what the file says."""
+    file = stored.tier.files[0]
+    file.known[:], file.pages[:], file.told = False, 0, False
+
+
+def test_a_file_tells_the_digests_of_its_pages(tmp_path: Path, disk: SystemDisk | SimDisk) -> None:
+    stored = Stored(disk, str(tmp_path), 37)
+    stored.tier.write_index(0)
+    pages = stored.tier.files[0].pages.copy()
+    _opened_again(stored)
+    stored.read(np.array([1, 7, 7]), np.array([0, 1, 2]))
+    assert np.array_equal(stored.memory[7, PAGE : 3 * PAGE], stored.data[7, PAGE : 3 * PAGE])
+    assert stored.tier.learned() == PAGE, "all digests, and no block whole"
+    assert np.array_equal(stored.tier.files[0].pages, pages)
+    assert np.flatnonzero(stored.tier.files[0].known).tolist() == [1, 7], (
+        "believed where they hash to the block's digest"
+    )
+    stored.read(np.array([2]), np.array([0]))
+    assert stored.tier.learned() == 0
+
+
+@pytest.mark.parametrize("how", ["no digests", "cut off", "damaged", "of other blocks"])
+def test_what_a_file_tells_wrong_is_not_believed(tmp_path: Path, how: str) -> None:
+    stored = Stored(SystemDisk(), str(tmp_path), 37)
+    file, path = stored.tier.files[0], Path(stored.tier.files[0].path)
+    if how == "of other blocks":
+        file.pages[:] = file.pages[::-1].copy()
+    if how != "no digests":
+        stored.tier.write_index(0)
+    if how == "cut off":
+        path.write_bytes(path.read_bytes()[: file.data_bytes + 100])
+    if how == "damaged":
+        data = bytearray(path.read_bytes())
+        data[file.data_bytes + 8 * file.pages.shape[1] * 7] ^= 1
+        path.write_bytes(data)
+    _opened_again(stored)
+    for _ in range(2):
+        stored.read(np.array([7]), np.array([1]))
+        assert np.array_equal(stored.memory[7, PAGE : 2 * PAGE], stored.data[7, PAGE : 2 * PAGE])
+    assert stored.tier.learned() == PAGE + stored.stride, "once, the block was read whole"
+    data = bytearray(path.read_bytes())
+    data[int(stored.offsets[7]) + PAGE] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreCorrupt, match="damaged"):
+        stored.read(np.array([7]), np.array([1]))
+    _opened_again(stored)
+    with pytest.raises(StoreCorrupt, match="damaged"):
+        stored.read(np.array([7]), np.array([1]))
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,23 @@ def translate(error: OSError, path: str, doing: str) -> StoreError:
     return result
 
 
+def digests_bytes(shape: tuple[int, ...]) -> int:
+    """What a shard gives to the digests of pages of all its blocks. shape: (blocks, pages of each)."""
+    return round_up(shape[0] * shape[1] * 8, PAGE)
+
+
+def digests_behind(pages: Digests) -> bytes:
+    """The digests of pages as they stand in a shard, behind its blocks. pages: uint64 [blocks, pages of each]."""
+    return np.ascontiguousarray(pages, "<u8").tobytes().ljust(digests_bytes(pages.shape), b"\0")
+
+
+def aligned(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Memory that a direct read can fill, uint8 [nbytes], not initialised."""
+    room = np.empty(nbytes + PAGE, np.uint8)
+    start = -room.ctypes.data % PAGE
+    return room[start : start + nbytes]
+
+
 @dataclass(slots=True)
 class SegmentFile:
     """One shard: the blocks of one segment of one layer, head by head."""
@@ -66,8 +83,10 @@ class SegmentFile:
     doubtful: bool = False
     """Whether making it durable failed once: nobody can say what is on disk."""
     pages: Digests = field(default_factory=lambda: np.empty((0, 0), np.uint64))
-    """[kv_heads * blocks, pages of a block] digests of the pages of each block, where ``known``."""
+    """[kv_heads * blocks, pages of a block] digests of the pages of each block, to be believed where ``known``."""
     known: npt.NDArray[np.bool_] = field(default_factory=lambda: np.empty(0, bool))
+    told: bool = True
+    """Whether the digests of pages that the file itself has were read, or there can be none that are needed."""
 
     def __post_init__(self) -> None:
         self.pages = np.zeros((self.offsets.size, digest.pages_in(self.shape.nbytes)), np.uint64)
@@ -85,8 +104,13 @@ class SegmentFile:
 
     @property
     def data_bytes(self) -> int:
-        """Where the index starts."""
+        """Where the digests of pages start."""
         return self.offsets.size * self.stride
+
+    @property
+    def index_at(self) -> int:
+        """Where the index starts, behind them."""
+        return self.data_bytes + digests_bytes(self.pages.shape)
 
     @property
     def full(self) -> bool:

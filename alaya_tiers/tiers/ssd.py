@@ -8,8 +8,9 @@ import contextlib
 import errno
 import itertools
 import os
+import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from alaya_tiers.digest import Digests
 from alaya_tiers.errors import StoreCorrupt, StoreError
 from alaya_tiers.seams import Disk, memory
 from alaya_tiers.tiers.base import Accountant, Addresses
-from alaya_tiers.tiers.files import Handles, Run, SegmentFile, translate
+from alaya_tiers.tiers.files import Handles, Run, SegmentFile, aligned, digests_behind, digests_bytes, translate
 from alaya_tiers.tiers.zarr_format import shard_index
 
 MOST_EXTENTS = 256
@@ -74,6 +75,8 @@ class SsdTier:
         self._by_name: dict[tuple[int, int, int], int] = {}
         self._paths: Counter[tuple[int, int, int]] = Counter()
         self._handles = Handles(disk, direct=direct)
+        self._learning = threading.Lock()
+        self._learned = 0
         self.damaged: set[tuple[str, int]] = set()
         """Runs that could not be read as they were written: path of the file, number in the file."""
 
@@ -116,7 +119,9 @@ class SsdTier:
         """A file of stored contexts, charged already; its number. folder: that of its array. ours: see SegmentFile."""
         offsets = np.full((shape.geometry.kv_heads, self._segment_tokens // shape.tokens), -1, np.int64)
         path = os.path.join(folder, "c", "0", "0", "0")
-        file = SegmentFile(path, layer, -1, segment, shape, offsets.shape[1], offsets, published=True, ours=ours)
+        file = SegmentFile(
+            path, layer, -1, segment, shape, offsets.shape[1], offsets, published=True, ours=ours, told=False
+        )
         file.kept = kept_bytes // file.stride
         self.files.append(file)
         return len(self.files) - 1
@@ -174,13 +179,13 @@ class SsdTier:
         return [partial(self._read, runs, digests) for runs in self._split(numbers, offsets, addresses)]
 
     def write_index(self, number: int) -> None:
-        """Put the shard's index behind its data: from here on any Zarr reader can read what is placed. Blocks."""
+        """Put digests of pages and the index behind the data: any Zarr reader can read what is placed. Blocks."""
         file = self.files[number]
-        index = shard_index(file.offsets, file.shape.nbytes)
+        behind = digests_behind(file.pages) + shard_index(file.offsets, file.shape.nbytes)
         try:
             handle = self._disk.open(file.path, create=False, direct=False)
             try:
-                self._all(self._disk.write, handle, [memoryview(index)], file.data_bytes, file.path)
+                self._all(self._disk.write, handle, [memoryview(behind)], file.data_bytes, file.path)
             finally:
                 self._disk.close(handle)
         except OSError as error:
@@ -263,25 +268,30 @@ class SsdTier:
 
     def _read_small(self, runs: list[Run]) -> None:
         """Runs of blocks of one size, handed to the system all at once: one at a time, Python is what takes time."""
-        first = np.cumsum([0, *(len(run.addresses) for run in runs)])
+        ends = np.cumsum([0, *(len(run.addresses) for run in runs)])
         addresses = np.array([address for run in runs for address in run.addresses])
-        with contextlib.ExitStack() as stack:
-            handles: dict[int, int] = {}
-            for run in runs:
-                if id(run.file) not in handles:
-                    try:
-                        handle = stack.enter_context(self._handles.use(run.file.path, create=False))
-                    except OSError as error:
-                        raise self._failed(error, run.file, run.blocks, "read") from error
-                    handles[id(run.file)] = handle
-            files = np.array([handles[id(run.file)] for run in runs], np.int32)
-            offsets = np.array([run.offset for run in runs])
-            done = self._disk.read_pages(files, offsets, first, addresses, runs[0].file.stride)
+        offsets = np.array([run.offset for run in runs])
+        with self._opened([run.file for run in runs], offsets) as handles:
+            done = self._disk.read_pages(handles, offsets, ends, addresses, runs[0].file.stride)
         for run, got in zip(runs, done.tolist(), strict=True):
             if got < 0:
                 raise self._failed(OSError(-got, os.strerror(-got)), run.file, run.blocks, "read")
             if got < run.nbytes:
                 self._move(self._disk.read, run, "read")
+
+    @contextlib.contextmanager
+    def _opened(self, files: Sequence[SegmentFile], offsets: npt.NDArray[np.int64]) -> Iterator[npt.NDArray[np.int32]]:
+        """Handles, int32 [n], of files that are to be read at ``offsets``. Raises StoreError."""
+        found: dict[str, int] = {}
+        with contextlib.ExitStack() as stack:
+            for file, offset in zip(files, offsets.tolist(), strict=True):
+                if file.path not in found:
+                    try:
+                        found[file.path] = stack.enter_context(self._handles.use(file.path, create=False))
+                    except OSError as error:
+                        blocks = np.array([min(offset // file.stride, file.offsets.size - 1)])
+                        raise self._failed(error, file, blocks, "read") from error
+            yield np.array([found[file.path] for file in files], np.int32)
 
     def _check(self, runs: list[Run], digests: Digests) -> None:
         """Compare blocks of one file with their digests. Raises StoreCorrupt."""
@@ -291,7 +301,8 @@ class SsdTier:
         wanted = digests[[member for run in runs for member in run.members]]
         if (wrong := digest.of_pages(pages) != wanted).any():
             raise self._corrupt(file, blocks[wrong], "are damaged (wrong digest)")
-        file.pages[blocks], file.known[blocks] = pages, True
+        with self._learning:
+            file.pages[blocks], file.known[blocks] = pages, True
 
     def _move(self, move: "Callable[[int, list[memoryview], int], int]", run: Run, doing: str) -> None:
         """Read or write all of a run."""
@@ -302,45 +313,34 @@ class SsdTier:
         except OSError as error:
             raise self._failed(error, run.file, run.blocks, doing) from error
 
-    def knows(self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Whether single pages of these blocks can be checked, bool [n]. offsets: where the blocks begin."""
-        found = np.zeros(len(numbers), bool)
-        for number in np.unique(numbers).tolist():
-            mine = numbers == number
-            found[mine] = self.files[number].known[offsets[mine] // self.files[number].stride]
-        return found
-
     def page_jobs(
-        self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses
+        self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses, digests: Digests
     ) -> list[Callable[[], None]]:
-        """Jobs that read and check pages of blocks it ``knows`` into ``addresses``. They raise StoreError.
+        """Jobs that read pages of blocks into ``addresses`` and check them. They raise StoreError.
 
-        offsets: int64 [n], of the pages in their files, multiples of PAGE.
+        offsets: int64 [n], of the pages in their files, multiples of PAGE. digests: of the blocks they are of.
         """
         order = np.lexsort((offsets, numbers))
         share = max(LEAST_PAGES, -(-len(order) // self._threads))
         pieces = (order[i : i + share] for i in range(0, len(order), share))
-        return [partial(self._read_pages, numbers[some], offsets[some], addresses[some]) for some in pieces]
+        return [
+            partial(self._read_pages, numbers[some], offsets[some], addresses[some], digests[some]) for some in pieces
+        ]
 
-    def _read_pages(self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses) -> None:
+    def _read_pages(
+        self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses, digests: Digests
+    ) -> None:
         """Neighbours are one read. What comes short or fails is read again as blocks are, which says why."""
+        self._learn(numbers, offsets, digests)
         joined = (numbers[1:] == numbers[:-1]) & (offsets[1:] == offsets[:-1] + PAGE)
         joined[MOST_EXTENTS - 1 :: MOST_EXTENTS] = False
         first = np.flatnonzero(np.append(True, ~joined))
         ends = np.append(first, len(numbers))
-        with contextlib.ExitStack() as stack:
-            handles = np.empty(len(first), np.int32)
-            for number in np.unique(numbers).tolist():
-                file = self.files[number]
-                try:
-                    handle = stack.enter_context(self._handles.use(file.path, create=False))
-                except OSError as error:
-                    blocks = offsets[numbers == number] // file.stride
-                    raise self._failed(error, file, blocks, "read") from error
-                handles[numbers[first] == number] = handle
+        files = [self.files[number] for number in numbers[first].tolist()]
+        with self._opened(files, offsets[first]) as handles:
             done = self._disk.read_pages(handles, offsets[first], ends, addresses, PAGE)
             for i in np.flatnonzero(done != np.diff(ends) * PAGE).tolist():
-                file = self.files[int(numbers[first[i]])]
+                file = files[i]
                 buffers = [memory(address, PAGE) for address in addresses[ends[i] : ends[i + 1]].tolist()]
                 try:
                     self._all(self._disk.read, int(handles[i]), buffers, int(offsets[first[i]]), file.path)
@@ -348,6 +348,51 @@ class SsdTier:
                     blocks = offsets[ends[i] : ends[i + 1]] // file.stride
                     raise self._failed(error, file, blocks, "read") from error
         self._check_pages(numbers, offsets, addresses)
+
+    def _learn(self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], digests: Digests) -> None:
+        """Have digests of the pages of the blocks at ``offsets``: what their files say of them, if it hashes to the
+        blocks' own ``digests``; else read these blocks whole. Raises StoreError.
+        """
+        untold = [file for n in np.unique(numbers).tolist() if not (file := self.files[n]).told]
+        if untold:
+            self._ask(untold)
+        for number in np.unique(numbers).tolist():
+            file, mine = self.files[number], numbers == number
+            blocks, where = np.unique(offsets[mine] // file.stride, return_index=True)
+            wanted = digests[mine][where]
+            new = ~file.known[blocks]
+            blocks, wanted = blocks[new], wanted[new]
+            fine = digest.of_pages(file.pages[blocks]) == wanted
+            file.known[blocks[fine]] = True
+            for block, one in zip(blocks[~fine].tolist(), wanted[~fine], strict=True):
+                room = aligned(file.stride)
+                run = Run(file, block * file.stride, [room.ctypes.data], [0])
+                self._move(self._disk.read, run, "read")
+                self._check([run], np.array([one], np.uint64))
+                with self._learning:
+                    self._learned += file.stride
+
+    def learned(self) -> int:
+        """Bytes read since the last call to know digests of pages, beside the pages."""
+        with self._learning:
+            learned, self._learned = self._learned, 0
+        return learned
+
+    def _ask(self, files: list[SegmentFile]) -> None:
+        """Read what files say of their pages, all at once. What cannot be read says nothing: blocks are read whole."""
+        ends = np.cumsum([0, *(digests_bytes(file.pages.shape) // PAGE for file in files)])
+        room = aligned(int(ends[-1]) * PAGE)
+        addresses = room.ctypes.data + np.arange(ends[-1]) * PAGE
+        at = np.array([file.data_bytes for file in files])
+        with self._opened(files, at) as handles:
+            self._disk.read_pages(handles, at, ends, addresses, PAGE)
+        for file, begin in zip(files, (ends[:-1] * PAGE).tolist(), strict=True):
+            told = room[begin : begin + file.pages.nbytes].view("<u8").reshape(file.pages.shape)
+            with self._learning:
+                self._learned += digests_bytes(file.pages.shape)
+                if not file.told:
+                    file.pages[~file.known] = told[~file.known]
+                    file.told = True
 
     def _check_pages(
         self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses
