@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import xxhash
 
 from alaya_tiers.index.codes import Layout
@@ -24,6 +26,9 @@ TOGETHER = 1 << 20
 _FIRST_LINE = 128
 _MOST_RUN = 1 << 30
 """Bytes of the codes of one run; a header that speaks of more is not believed."""
+
+
+Rows = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,18 +91,21 @@ def run_of(disk: Disk, handle: int, codes: LayerCodes, run: int) -> bytearray | 
     return buffer if xxhash.xxh3_64_intdigest(buffer) == codes.digests[run] else None
 
 
-def runs_of(disk: Disk, handle: int, codes: LayerCodes, runs: list[int]) -> Iterator[tuple[int, memoryview | None]]:
-    """The same of several runs, ascending: neighbours are read together. What cannot be read is None."""
+def runs_of(disk: Disk, handle: int, codes: LayerCodes, runs: list[int]) -> Iterator[tuple[list[int], Rows]]:
+    """The same of several runs, ascending: neighbours are read together. What cannot be believed is left out.
+
+    Yields runs and their codes, uint8 [n, bytes of a run].
+    """
     for group in _neighbours(runs, max(1, TOGETHER // codes.nbytes)):
         try:
-            found = memoryview(
-                read_up_to(disk, handle, codes.offset + group[0] * codes.nbytes, len(group) * codes.nbytes)
-            )
+            found = read_up_to(disk, handle, codes.offset + group[0] * codes.nbytes, len(group) * codes.nbytes)
         except OSError:
-            found = memoryview(b"")
-        for i, run in enumerate(group):
-            part = found[i * codes.nbytes : (i + 1) * codes.nbytes]
-            yield run, part if xxhash.xxh3_64_intdigest(part) == codes.digests[run] else None
+            continue
+        here = group[: len(found) // codes.nbytes]
+        rows = np.frombuffer(found, np.uint8, len(here) * codes.nbytes).reshape(len(here), codes.nbytes)
+        fine = [xxhash.xxh3_64_intdigest(row.data) == codes.digests[run] for run, row in zip(here, rows, strict=True)]
+        if any(fine):
+            yield [run for run, good in zip(here, fine, strict=True) if good], rows if all(fine) else rows[fine]
 
 
 def problem_of(disk: Disk, path: str, record: str) -> str | None:

@@ -30,20 +30,16 @@ class IndexFile(Source):
     def __init__(self, disk: Disk, path: str, layers: Mapping[int, LayerCodes]) -> None:
         self._disk, self._path, self.layers = disk, path, layers
 
-    def load(self, layer: int, runs: list[int]) -> Iterator[tuple[int, Tensor | None]]:
+    def load(self, layer: int, runs: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         """See Source."""
         codes = self.layers[layer]
         try:
             handle = self._disk.open(self._path, create=False, direct=False)
         except OSError:
-            yield from ((run, None) for run in runs)
             return
         try:
-            for run, found in runs_of(self._disk, handle, codes, runs):
-                yield (
-                    run,
-                    None if found is None else torch.frombuffer(found, dtype=torch.uint8).view(codes.kv_heads, -1),
-                )
+            for some, found in runs_of(self._disk, handle, codes, runs):
+                yield some, torch.from_numpy(found).view(len(some), codes.kv_heads, -1)
         finally:
             self._disk.close(handle)
 

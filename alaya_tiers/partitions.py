@@ -36,8 +36,11 @@ MOST_WANTED = 64
 class Source(Protocol):
     """Codes that were made before and kept."""
 
-    def load(self, layer: int, runs: list[int]) -> Iterator[tuple[int, Tensor | None]]:
-        """The codes of some runs of a layer, uint8 [kv_heads, bytes]; None for those that cannot be believed."""
+    def load(self, layer: int, runs: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+        """The codes of some runs of a layer: which, ascending, and uint8 [n, kv_heads, bytes].
+
+        Those that cannot be believed are left out.
+        """
         ...
 
 
@@ -105,8 +108,11 @@ class Partitions:
     def forget(self, first: npt.NDArray[np.int64]) -> None:
         """What was promised of these runs does not hold any more."""
         with self._mover.lock:
-            for block in first.tolist():
-                self._stored.pop(block, None)
+            self._forget(first)
+
+    def _forget(self, first: npt.NDArray[np.int64]) -> None:
+        for block in first.tolist():
+            self._stored.pop(block, None)
 
     def export(self, ids: Ids) -> Tensor | None:
         """A copy of the codes of one run, uint8 [kv_heads, bytes]; None where it has none."""
@@ -221,25 +227,35 @@ class Partitions:
                 if (known := self._stored.get(int(ids[0, column]))) is not None:
                     wanted.setdefault(known[:2], {})[known[2]] = column
         for (source, layer), runs in wanted.items():
-            for run, coded in source.load(layer, sorted(runs)):
-                one = ids[:, runs[run]]
+            for some, coded in source.load(layer, sorted(runs)):
+                one = ids[:, [runs[run] for run in some]].T
                 with self._mover.lock:
-                    if coded is not None and not self._put(one, coded):
+                    if not self._put(one, coded):
                         return
-                    self._stored.pop(int(one[0]), None)
+                    self._forget(one[:, 0])
+            with self._mover.lock:
+                self._forget(ids[0, list(runs.values())])  # what could not be believed is made again
 
     def _put(self, ids: Ids, coded: Tensor) -> bool:
-        """Keep codes of blocks that have none. False when there is no room. The lock is held."""
-        layout = self.layout_of(int(self._mover.ledger.layer[ids[0]]))
-        fits = coded.shape == (ids.size, layout.nbytes) and (
+        """Keep codes of runs that have none. False when there is no room for all. The lock is held.
+
+        ids: [n, kv_heads]; coded: uint8 [n, kv_heads, bytes].
+        """
+        layout = self.layout_of(int(self._mover.ledger.layer[ids[0, 0]]))
+        fits = coded.shape == (*ids.shape, layout.nbytes) and (
             self._arena is None or layout.nbytes <= self._arena.slot_bytes
         )
-        if not fits or (self._mover.ledger.code[ids] != NOWHERE).any():
+        new = (self._mover.ledger.code[ids] == NOWHERE).all(1)
+        if not fits or not new.any():
             return True
+        if not new.all():
+            ids, coded = ids[new], coded[torch.from_numpy(new)]
         if (slots := self._room(layout, ids.size)) is None:
-            return False
-        self._fill(slots, coded, layout)
-        self._mover.ledger.coded(ids, slots)
+            return len(ids) > 1 and all(
+                self._put(one[None], of_one[None]) for one, of_one in zip(ids, coded, strict=True)
+            )
+        self._fill(slots, coded.reshape(ids.size, -1), layout)
+        self._mover.ledger.coded(ids.ravel(), slots)
         return True
 
     def _fill(self, slots: npt.NDArray[np.int32], coded: Tensor, layout: Layout) -> None:
