@@ -56,6 +56,7 @@ class Partitions:
         self._working = self._closing = False
         self._making = threading.Lock()  # one block at a time: no block is coded twice
         self._thread: threading.Thread | None = None
+        self._loader: threading.Thread | None = None
         self._wanted = 0
         self.failure: Exception | None = None
         """Why the last block that has no codes has none; it is attended exactly."""
@@ -64,6 +65,8 @@ class Partitions:
         self._local = threading.local()
         self._latent = set[int]()  # layers whose queries are compared with whole rows
         self._stored: dict[int, tuple[Source, int, int]] = {}  # first id of a run -> where its codes are: layer, run
+        self._promised: dict[int, list[tuple[Source, list[int]]]] = {}  # of each layer: what to load, first ids of runs
+        self._loading: set[tuple[Source, int]] = set()
 
     @property
     def full(self) -> bool:
@@ -101,18 +104,27 @@ class Partitions:
                 self._arena = self._mover.codes = None
 
     def promise(self, runs: Iterable[tuple[int, int]], source: Source, layer: int) -> None:
-        """Codes of runs (first block id, number in the source) need not be made: they are loaded when asked for."""
+        """Codes of runs (first block id, number in the source) need not be made: they are loaded.
+
+        When there is time, layer by layer, or when they are asked for.
+        """
+        known = dict(runs)
         with self._mover.lock:
-            self._stored.update({block: (source, layer, run) for block, run in runs})
+            self._stored.update({block: (source, layer, run) for block, run in known.items()})
+        with self._ready:
+            self._promised.setdefault(layer, []).append((source, list(known)))
+            if self._loader is None and not self._closing:
+                self._loader = threading.Thread(target=self._load_promised, name="alaya-codes", daemon=True)
+                self._loader.start()
 
     def forget(self, first: npt.NDArray[np.int64]) -> None:
         """What was promised of these runs does not hold any more."""
         with self._mover.lock:
             self._forget(first)
 
-    def _forget(self, first: npt.NDArray[np.int64]) -> None:
-        for block in first.tolist():
-            self._stored.pop(block, None)
+    def _forget(self, first: Iterable[int]) -> None:
+        for block in first:
+            self._stored.pop(int(block), None)
 
     def export(self, ids: Ids) -> Tensor | None:
         """A copy of the codes of one run, uint8 [kv_heads, bytes]; None where it has none."""
@@ -153,7 +165,7 @@ class Partitions:
     def wait(self) -> None:
         """Until everything offered so far was tried."""
         with self._ready:
-            self._ready.wait_for(lambda: self._closing or not (self._queue or self._working))
+            self._ready.wait_for(lambda: self._closing or not (self._queue or self._working or self._loader))
 
     def make(self, ids: Ids) -> bool:
         """Make the codes of blocks now, if they are in memory; whether they have some afterwards."""
@@ -220,21 +232,44 @@ class Partitions:
             return np.flatnonzero((self._mover.ledger.code[ids] == NOWHERE).all(0))
 
     def _load(self, ids: Ids, columns: npt.NDArray[np.intp]) -> None:
-        """Put codes that were kept where codes are, as far as there is room."""
-        wanted: dict[tuple[Source, int], dict[int, int]] = {}
+        """Put codes that were kept where codes are, as far as there is room. columns: of ``ids`` that have none."""
+        wanted: dict[tuple[Source, int], list[int]] = {}
         with self._mover.lock:
-            for column in columns.tolist() if self._stored else ():
-                if (known := self._stored.get(int(ids[0, column]))) is not None:
-                    wanted.setdefault(known[:2], {})[known[2]] = column
-        for (source, layer), runs in wanted.items():
-            for some, coded in source.load(layer, sorted(runs)):
-                one = ids[:, [runs[run] for run in some]].T
-                with self._mover.lock:
-                    if not self._put(one, coded):
-                        return
-                    self._forget(one[:, 0])
+            for block in ids[0, columns].tolist() if self._stored else ():
+                if (known := self._stored.get(block)) is not None:
+                    wanted.setdefault(known[:2], []).append(block)
+        for (source, layer), first in wanted.items():
+            if not self._fetch(source, layer, first, ids.shape[0]):
+                return
+
+    def _fetch(self, source: Source, layer: int, first: list[int], heads: int) -> bool:
+        """Load what was promised of runs that begin with these blocks; whether there was room. None twice."""
+        with self._ready:
+            self._ready.wait_for(lambda: (source, layer) not in self._loading)
+            self._loading.add((source, layer))
+        try:
             with self._mover.lock:
-                self._forget(ids[0, list(runs.values())])  # what could not be believed is made again
+                runs = {known[2]: block for block in first if (known := self._promise_of(block, source, layer))}
+            for some, coded in source.load(layer, sorted(runs)) if runs else ():
+                with self._mover.lock:
+                    here = [bool(self._promise_of(runs[run], source, layer)) for run in some]
+                    blocks = np.array([runs[run] for run in some], np.int64)[here]
+                    of_these = coded if all(here) else coded[torch.tensor(here)]
+                    if blocks.size and not self._put(blocks[:, None] + np.arange(heads), of_these):
+                        return False
+                    self._forget(blocks)
+            with self._mover.lock:  # what could not be believed is made again
+                self._forget([block for block in runs.values() if self._promise_of(block, source, layer)])
+            return True
+        finally:
+            with self._ready:
+                self._loading.discard((source, layer))
+                self._ready.notify_all()
+
+    def _promise_of(self, block: int, source: Source, layer: int) -> tuple[Source, int, int] | None:
+        """What was promised of a run, if its codes are in this source. The lock is held."""
+        known = self._stored.get(block)
+        return known if known is not None and known[:2] == (source, layer) else None
 
     def _put(self, ids: Ids, coded: Tensor) -> bool:
         """Keep codes of runs that have none. False when there is no room for all. The lock is held.
@@ -270,8 +305,9 @@ class Partitions:
             self._closing = True
             self._queue.clear()
             self._ready.notify_all()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
+        for thread in (self._thread, self._loader):
+            if thread is not None and thread is not threading.current_thread():
+                thread.join()
         with self._mover.lock:
             if self._arena is not None:
                 self._arena.close()
@@ -305,5 +341,26 @@ class Partitions:
                 self._working = True
             try:
                 self.make(ids)
+            except Exception as error:  # nothing depends on it
+                self.failure = error
+
+    def _load_promised(self) -> None:
+        """Layer by layer, from the last source of each: attention, which may be there already, begins with the first.
+
+        A thread of its own, of the usual priority: attention may have to wait for it.
+        """
+        while True:
+            with self._ready:
+                if self._closing or not self._promised:
+                    self._loader = None
+                    self._ready.notify_all()
+                    return
+                layer = min(self._promised)
+                source, first = self._promised[layer].pop()
+                if not self._promised[layer]:
+                    del self._promised[layer]
+            try:
+                if (shape := self._mover.shapes.get(layer)) is not None and not self.full:
+                    self._fetch(source, layer, first, shape.geometry.kv_heads)
             except Exception as error:  # nothing depends on it
                 self.failure = error

@@ -33,6 +33,7 @@ from alaya_tiers.tools import (
     heads,
     indexes,
     inspect,
+    larger,
     many,
     offload,
     overhead,
@@ -76,6 +77,7 @@ class Commands(TyperGroup):
 app = typer.Typer(name="alaya-tiers", cls=Commands, no_args_is_help=True, add_completion=False)
 # Commands with subcommands of their own go here.
 bench.app.command("offload")(offload.command)
+bench.app.command("larger")(larger.command)
 bench.app.command("overhead")(overhead.command)
 bench.app.command("attention")(heads.command)
 bench.app.command("choice")(choice.command)

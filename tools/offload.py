@@ -89,6 +89,9 @@ class Way:
     pages: dict[str, Any]
     rss: int
     """Most bytes of memory the process had during the steps."""
+    first: float
+    first_bytes: float
+    """Of the very first step, before those that warm up."""
 
     @property
     def median(self) -> float:
@@ -149,7 +152,7 @@ def run(plan: Plan, say: Say = lambda text: None) -> Found:
     say("the disk itself")
     directory = plan.path or Path.cwd()
     with machine.disk_file(directory, min(1 << 30, max(64 << 20, plan.kv_bytes))) as file:
-        disk, pages = machine.disk_bandwidth(file, min(512 << 20, file.nbytes)), _page_rate(file)
+        disk, pages = machine.disk_bandwidth(file, min(512 << 20, file.nbytes)), page_rate(file)
     found = Found(plan, machine.describe(), disk, pages, host)
     if plan.in_memory:
         roomy = {"device_budget": plan.kv_bytes + (64 << 20), "host_budget": 64 << 20}
@@ -174,7 +177,7 @@ def _measured(plan: Plan, heads: Heads, found: Found, name: str, changes: dict[s
                 say(f"{name}: filling layer {layer + 1}, {start:,} tokens")
                 session.update(layer, *heads.chunk(layer, start, min(CHUNK, plan.tokens - start)))
         session.build_index(lambda done, of: say(f"{name}: index {done} of {of}"))
-        way = _steps(plan, heads, session, name, say)
+        way = steps(plan, heads, session, name, say)
         found.index_bytes = engine.used_bytes("index")
         if name != "in memory":
             found.peak_rss = max(found.peak_rss, way.rss)
@@ -184,7 +187,8 @@ def _measured(plan: Plan, heads: Heads, found: Found, name: str, changes: dict[s
         engine.close()
 
 
-def _steps(plan: Plan, heads: Heads, session: Session, name: str, say: Say) -> Way:
+def steps(plan: Plan, heads: Heads, session: Session, name: str, say: Say) -> Way:
+    """Decode ``plan.warm`` and ``plan.steps`` steps of attention, all layers. Raises StoreError."""
     engine, queries, times, peak = session.engine, Queries(plan, heads), list[float](), 0
     visible = [Visible.all(plan.tokens, 1)]
     for step in range(plan.warm + plan.steps):
@@ -202,6 +206,8 @@ def _steps(plan: Plan, heads: Heads, session: Session, name: str, say: Say) -> W
             if plan.compute:
                 time.sleep(plan.compute)
         times.append(took)
+        if not step:
+            first_bytes = session.stats().read_bytes
         peak = max(peak, psutil.Process().memory_info().rss)
     after = session.stats()
     n, use = plan.steps, after.sparse
@@ -212,11 +218,11 @@ def _steps(plan: Plan, heads: Heads, session: Session, name: str, say: Say) -> W
     return Way(
         name, times[plan.warm :], (after.waited_seconds - before.waited_seconds) / n,
         (after.read_bytes - before.read_bytes) / n, use.attended / max(1, use.visible),
-        use.recovered / max(1, use.steps), pages, peak,
+        use.recovered / max(1, use.steps), pages, peak, times[0], first_bytes,
     )  # fmt: skip
 
 
-def _page_rate(file: machine.DiskFile, n: int = 8192) -> float:
+def page_rate(file: machine.DiskFile, n: int = 8192) -> float:
     """Pages a second, read at random, many under way at once."""
     handle, disk = file.open(os.O_RDONLY), SystemDisk()
     try:
