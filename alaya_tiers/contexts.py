@@ -177,7 +177,7 @@ class Contexts:
             needed = [i for i in ids if session.needs is not None and self._needs([i]) is None]
             if new or needed or any(i not in self.manifest.contexts for i in ids):
                 self._write_out(session, new, silent)
-                self._commit(session, root, identity, new, self._again(parts), ids, needed)
+                self._commit(session, root, identity, new, self._again(parts), parts, ids, needed)
         if self.engine.sparse is not None:
             self._index(session, list(parts.values()))
         return ids
@@ -366,12 +366,14 @@ class Contexts:
         identity: Identity,
         new: list[Part],
         again: dict[str, Entry],
+        parts: dict[str, Part],
         ids: list[str],
         needed: list[str],
     ) -> None:
         """Store segments whose blocks are on disk, and the contexts ``ids``; they count when this returns.
 
-        needed: of these, whose needs are stored too.
+        new: parts that are stored now; again: what counts again, of ``parts``. needed: of the contexts, whose needs are
+        stored too.
         """
         engine, old, store = self.engine, self.manifest, self.store_here
         held = {part.name: _held(session, part) for part in new}
@@ -381,7 +383,8 @@ class Contexts:
         for name, segment in segments.items():
             records[name], digest = encoded(segment)
             entries[name] = Entry(segment.before, segment.start, segment.tokens.size, digest, segment.files)
-        after = self._prefixes.arranged(segments, {n: entries[n] for n in {**segments, **again}})
+        arranged = {**segments, **again}
+        after = self._prefixes.arranged({n: parts[n].tokens for n in arranged}, {n: entries[n] for n in arranged})
         used = {folder for entry in entries.values() for folder in entry.files}
         added = {i: Context(i, entries[i].start + entries[i].tokens, time.time()) for i in ids} | dict(old.contexts)
         needs = dict[str, bytes]()

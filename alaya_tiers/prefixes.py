@@ -31,7 +31,7 @@ class Prefixes:
         self.engine, self.shelf = engine, shelf
         self._records = OrderedDict[str, Segment]()
         self._record_bytes = 0
-        self._new: Mapping[str, Segment] = {}  # what is about to be stored
+        self._new: Mapping[str, Tokens] = {}  # what is about to be stored
         self._lost: dict[str, StoreCorrupt] = {}  # segments of which nothing can be used
         self._damaged: set[Place] = set()
         self._checked: set[str] = set()
@@ -53,9 +53,9 @@ class Prefixes:
         self._records.move_to_end(name)
         return self._records[name]
 
-    def arranged(self, segments: Mapping[str, Segment], entries: Mapping[str, Entry]) -> dict[str, Siblings]:
-        """What will follow each segment when new ones with these records, and others that count again, are stored."""
-        found, self._new = dict[str, Siblings](), segments
+    def arranged(self, tokens: Mapping[str, Tokens], entries: Mapping[str, Entry]) -> dict[str, Siblings]:
+        """What will follow each segment when others with these tokens are stored, or count again."""
+        found, self._new = dict[str, Siblings](), tokens
         for name, entry in entries.items():
             if entry.before not in found:
                 found[entry.before] = self._following(entry.before).copy()
@@ -194,7 +194,7 @@ class Prefixes:
         return self._after.get(before) or Siblings([], self._tokens)
 
     def _tokens(self, name: str) -> Tokens:
-        return (self._new[name] if name in self._new else self.record(name)).tokens
+        return self._new[name] if name in self._new else self.record(name).tokens
 
     def _by_name(self, name: str, before: str, tokens: Tokens) -> int:
         """How many tokens a segment that cannot be read has in common with these, as far as its name gives it away."""

@@ -54,7 +54,7 @@ class Records:
             before = segment_name(before, tokens)
         new = {n: s for n, s in new.items() if n not in self.manifest.segments}
         entries = {n: Entry(s.before, s.start, s.tokens.size, "", s.files) for n, s in new.items()}
-        after = prefixes.arranged(new, entries)
+        after = prefixes.arranged({n: s.tokens for n, s in new.items()}, entries)
         entries |= self.manifest.segments
         ordered = {n: entries[n] for siblings in after.values() for n in siblings}
         self.records |= new
