@@ -181,6 +181,7 @@ class Session:
         if n > most and not engine.settings.sparse_prefill:
             return 0
         history = state.history if n <= most else state.prefill
+        q = q.cpu()  # scan and lists are the CPU's work; blocks of the device are attended there
         for start in range(0, n, most):
             end = min(n, start + most)
             asked = sparse.Asked(state, row, self._grouped(state, q[:, start:end]), scale, softcap, latent)
@@ -190,6 +191,7 @@ class Session:
             if part is None:
                 use.exact += heads * (n - start)
                 return start
+            part = Partial(part.out.to(out.device), part.lse.to(out.device))
             out[:, start:end] = _with_sinks(part, sinks).out.view(heads, end - start, -1)
         self._read_ahead(state, row)
         return n
@@ -371,11 +373,15 @@ class Session:
                 return
         yield from self._pieces_of(state, row, spans, None, whole=whole)
 
-    def _blocks(self, state: Layer, row: Row, spans: Spans, heads: Heads) -> Iterator[BlockList]:
-        """Some blocks of some kv heads, in memory the CPU reads."""
+    def _blocks(self, state: Layer, row: Row, spans: Spans, heads: Heads) -> Iterator["BlockList | Near"]:
+        """Some blocks of some kv heads."""
         for piece in self._pieces_of(state, row, spans, heads, whole=False):
-            assert isinstance(piece, BlockList)
-            yield piece
+            if isinstance(piece, Gathered):
+                rows = piece.rows.cpu().contiguous()
+                yield _as_list(piece, rows)
+                del rows  # read until now
+            else:
+                yield piece
 
     def _pieces_of(
         self, state: Layer, row: Row, spans: Spans, heads: Heads | None, *, whole: bool
@@ -473,6 +479,14 @@ def _gathered(state: Layer, ids: Ids, spans: Spans, starts: npt.NDArray[np.int32
         for of_head in ids.tolist()
     ]
     return Gathered(torch.stack(heads), g.k_dim, positions_of(starts, spans.count), True)
+
+
+def _as_list(tile: Gathered, rows: Tensor) -> BlockList:
+    """A tile as blocks of one token. rows: the tile's, contiguous in memory the CPU reads; not kept."""
+    heads, n, width = rows.shape
+    at = rows.data_ptr() + np.arange(heads * n).reshape(heads, n) * width * rows.element_size()
+    starts, ones = tile.positions.numpy().astype(np.int32), np.ones(n, np.int32)
+    return BlockList(at, starts, ones, tile.k_dim, width - tile.k_dim, rows.dtype)
 
 
 def _tiled(piece: "BlockList | Near | Gathered", visible: Visible) -> Iterable[Gathered]:

@@ -22,7 +22,7 @@ from alaya_tiers.config import Settings
 from alaya_tiers.damage import ADVICE
 from alaya_tiers.devices import device_at
 from alaya_tiers.devices.base import Device
-from alaya_tiers.errors import BudgetTooSmall, ConfigError, InputError, OutOfSpace, SessionClosed, StoreCorrupt
+from alaya_tiers.errors import BudgetTooSmall, InputError, OutOfSpace, SessionClosed, StoreCorrupt
 from alaya_tiers.ledger import Ids, Slots
 from alaya_tiers.loop import LoopThread
 from alaya_tiers.mover import Mover, Policies, Traffic
@@ -159,8 +159,6 @@ class Engine:
 
     def _start(self, slot_bytes: int, device: torch.device) -> None:
         s = self.settings
-        if self.sparse is not None and device.type != "cpu":
-            raise ConfigError(f"mode='sparse' works on the CPU so far, not on {device}: use mode='exact'")
         executor = self._executor or Threads(s.io_threads, "alaya-io")
         ssd = self.store.tier(s.io, self.accountant, s.segment_tokens, s.io_threads)
         ssd.writes = self.wear

@@ -11,6 +11,7 @@ whoever awaited it: cancelling an await never frees memory that a thread still f
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from alaya_tiers.blocks import BlockShape
@@ -248,6 +250,21 @@ class Mover:
         """The memory of a pinned block, uint8 [slot_bytes], on the device it lies on."""
         slot = int(self.ledger.device[block])
         return self.device.tensor(slot) if slot >= 0 else self.host.tensor(int(self.ledger.host[block]))
+
+    def fetched(self, ids: Ids, nbytes: int) -> Tensor:
+        """The first bytes of pinned blocks in memory of the CPU, uint8 [n, nbytes]. May wait: not for a forward."""
+        with self.lock:
+            near = self.ledger.device[ids] >= 0
+            if self.device.on_cpu or not near.any():
+                return torch.stack([self.tensor(block)[:nbytes] for block in ids.tolist()])
+            rows, event = self.lanes.read(self.ledger.device[ids[near]], nbytes)
+            found = torch.empty(ids.size, nbytes, dtype=torch.uint8)
+            for i in np.flatnonzero(~near).tolist():
+                found[i] = self.tensor(int(ids[i]))[:nbytes]
+        while not event.done():
+            time.sleep(FIRST_LOOK)
+        found[torch.from_numpy(near)] = rows
+        return found
 
     def copy_down(self, source: Ids, target: Ids, nbytes: int) -> None:
         """Copy the first ``nbytes`` of readable blocks to open ones, and unpin them when that is done."""

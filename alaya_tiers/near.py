@@ -1,15 +1,16 @@
-"""Blocks in the memory of a device that the CPU cannot read: attended there."""
+"""Blocks in the memory of a device that the CPU cannot read: attended there, or copied from there."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alaya_tiers.attention import BlockList, Partial
+from alaya_tiers.attention import BlockList, Partial, attend_blocks
+from alaya_tiers.blocks import Geometry
 from alaya_tiers.engine import Engine
-from alaya_tiers.ledger import Slots
+from alaya_tiers.ledger import Ids, Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,17 +29,50 @@ class Near:
         hi: npt.NDArray[np.int32],
         softcap: float | None,
         top: Tensor | None = None,
+        *,
+        latent: bool = False,
     ) -> Partial:
         """attention.attend_blocks; top: float32 [kv_heads, rows], where q is."""
         mover = self.engine.mover
+        blocks = replace(self.blocks, latent=latent)
         with mover.lock:
-            return mover.lanes.attend(q, self.slots, self.blocks, scale, lo, hi, softcap, top)
+            return mover.lanes.attend(q, self.slots, blocks, scale, lo, hi, softcap, top)
 
     def gather(self, blocks: BlockList, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """attention.gather of some of these blocks, to where the device is."""
         mover = self.engine.mover
         with mover.lock:
             return mover.lanes.gather(self.slots, blocks, lo, hi)
+
+
+def attend_anywhere(
+    q: Tensor,
+    blocks: BlockList | Near,
+    scale: float,
+    lo: npt.NDArray[np.int32],
+    hi: npt.NDArray[np.int32],
+    softcap: float | None,
+    top: Tensor,
+    *,
+    latent: bool,
+) -> Partial:
+    """attention.attend_blocks with q, top and the result on the CPU, wherever the blocks are."""
+    if isinstance(blocks, BlockList):
+        return attend_blocks(q, replace(blocks, latent=latent), scale, lo, hi, softcap, top)
+    place = blocks.engine.mover.lanes.device.place
+    best = torch.empty(top.shape, device=place)
+    found = blocks.attend(q.to(place), scale, lo, hi, softcap, best, latent=latent)
+    top.copy_(best)
+    return Partial(found.out.cpu(), found.lse.cpu())
+
+
+def copied_rows(engine: Engine, blocks: Ids, where: npt.NDArray[np.int64], g: Geometry) -> Tensor:
+    """Rows at addresses of the device, in pinned ``blocks``, copied to memory of the CPU: [n, k_dim + v_dim]."""
+    mover, n = engine.mover, where.size
+    ones = BlockList(where[None], np.arange(n, dtype=np.int32), np.ones(n, np.int32), g.k_dim, g.v_dim, g.dtype)
+    with mover.lock:
+        k, v = mover.lanes.gather(mover.ledger.device[blocks], ones, 0, n)
+    return torch.cat([k[0], v[0]], 1).cpu()
 
 
 def rows_of(engine: Engine, block: int, shape: tuple[int, int, torch.dtype], first: int, n: int) -> Tensor:

@@ -194,7 +194,7 @@ class Partitions:
         coded = None
         try:
             g = shape.geometry
-            rows = torch.stack([mover.tensor(block)[: shape.nbytes].cpu() for block in ids.tolist()])
+            rows = mover.fetched(ids, shape.nbytes)
             rows = rows.view(g.dtype).view(ids.size, -1, g.width)
             at = layout.k_dim if layout.k_dim + layout.v_dim == g.width else 0
             coded = encode(rows[..., : layout.k_dim], rows[..., at : at + layout.v_dim], layout)

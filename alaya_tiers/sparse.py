@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from alaya_tiers import kernel
-from alaya_tiers.attention import BlockList, Partial, attend_blocks, attend_lists, merge, nothing, parts_of_row
-from alaya_tiers.blocks import PAGE
+from alaya_tiers.attention import BlockList, Partial, attend_lists, merge, nothing, parts_of_row
+from alaya_tiers.blocks import PAGE, Geometry
+from alaya_tiers.engine import Engine
 from alaya_tiers.index.codes import MOST_ROWS, Layout, Reach, boundable, scan
 from alaya_tiers.index.plan import History, Rates, Step
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
+from alaya_tiers.near import Near, attend_anywhere, copied_rows
 from alaya_tiers.partitions import Partitions
 from alaya_tiers.picks import Picks, missed_share, pageable
 from alaya_tiers.stats import SparseUse
@@ -51,8 +53,8 @@ DEEPER = 2.0
 SPARE = 0.05
 """Share of the attention that a head has above what it must have before its reach shrinks again."""
 
-Exact = Callable[[Spans, Heads], Iterator[BlockList]]
-"""Blocks of some kv heads of a row, batch by batch, in memory the CPU reads."""
+Exact = Callable[[Spans, Heads], Iterator[BlockList | Near]]
+"""Blocks of some kv heads of a row, batch by batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,9 +148,7 @@ def attend(
     def dense(some: Spans, heads: Heads, top: Tensor | None = None) -> Iterator[Partial]:
         for blocks in exact(some, heads):
             here = torch.empty(heads.size, rows)
-            yield attend_blocks(
-                q[heads], replace(blocks, latent=asked.latent), asked.scale, lo, hi, asked.softcap, here
-            )
+            yield attend_anywhere(q[heads], blocks, asked.scale, lo, hi, asked.softcap, here, latent=asked.latent)
             if top is not None:
                 torch.maximum(top, here, out=top)
 
@@ -335,7 +335,10 @@ def _located(
             base[:] = -1
             base[cells[whole[columns]]] = engine.addresses(batch)[0]
             start = base[cell]
-            yield None if columns.size == blocks.size else start >= 0, start + offsets
+            where = start + offsets
+            rows_here = _brought(engine, batch[0], cells[whole[columns]], cell, where, g)  # kept until the next batch
+            yield None if columns.size == blocks.size else start >= 0, where
+            del rows_here
         if picks is not None:
             engine.note_rows(int(by_page.sum()) * g.row_bytes)
             page_at, where = np.empty(few.size, np.int64), np.empty(tokens.size, np.int64)
@@ -349,6 +352,24 @@ def _located(
     finally:
         if picks is not None:
             picks.close()
+
+
+def _brought(
+    engine: Engine,
+    blocks: Ids,
+    cells: npt.NDArray[np.intp],
+    cell: npt.NDArray[np.intp],
+    where: npt.NDArray[np.int64],
+    g: Geometry,
+) -> Tensor | None:
+    """Tokens of blocks in a device's memory, copied to the CPU; ``where`` says so then. cells: of ``blocks``."""
+    near = ~engine.on_cpu(blocks)
+    if not near.any():
+        return None
+    some = np.isin(cell, cells[near])
+    rows = copied_rows(engine, blocks[near], where[some], g)
+    where[some] = rows.data_ptr() + np.arange(len(rows)) * g.row_bytes
+    return rows
 
 
 def nothing_more() -> Iterator[Ids]:

@@ -94,6 +94,35 @@ def test_a_wait_that_is_left_out_is_found(stream: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("device_runs", [2, 12, 40])
+def test_sparse_attention_over_three_tiers(seed: int, device_runs: int) -> None:
+    """Everything within reach is found and attended wherever it is: with alpha near 0 the output is the exact one."""
+    device, tokens = Simulated(seed), 8 * 24
+    settings = Settings(
+        mode="sparse", alpha=1e-9, index_sure=0, recent_tokens=16, sink_tokens=8, block_tokens=8, segment_tokens=32,
+        device_budget=(1 + device_runs) * HEADS * 4096 + 4096, host_budget=8 * HEADS * 4096, io="buffered",
+        pick_seconds=1e-12, page_seconds=1e-12, scan_rate=1e15, read_rate=1.0,
+    )  # fmt: skip
+    eng = Engine(settings, device=device)
+    try:
+        session = Session(eng)
+        k, v = torch.randn(1, HEADS, tokens, DIM), torch.randn(1, HEADS, tokens, DIM)
+        session.update(0, k, v)
+        session.build_index()
+        for _ in range(3):
+            q = 8 * torch.randn(1, HEADS * GROUP, 1, DIM)
+            got = session.attention(0, q, [Visible.all(tokens, 1)], 0.25)
+            want = attend_naive(q.reshape(HEADS, GROUP, DIM), k[0], v[0], 0.25).out
+            torch.testing.assert_close(got.reshape(want.shape), want, rtol=1e-3, atol=1e-4)
+        use = session.stats().sparse
+        assert use is not None
+        assert use.steps > use.exact
+    finally:
+        eng.close()
+    assert not device.races
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_host_slot_that_is_read_too_early_is_found(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the ledger's LANDING attention would read poison."""
     monkeypatch.setattr("alaya_tiers.ledger.Ledger.coming", lambda self, ids: self.busy[ids] == 1)

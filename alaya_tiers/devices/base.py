@@ -51,6 +51,10 @@ class Device(Protocol):
         """Memory of the host that copies run from and to without a detour, uint8 [nbytes], page-aligned."""
         ...
 
+    def scratch(self, nbytes: int) -> Tensor:
+        """Memory of the host for one copy, uint8 [nbytes]."""
+        ...
+
     def copy(self, stream: int, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         """Copy uint8 tensors of equal sizes, one of each pair on the device."""
         ...

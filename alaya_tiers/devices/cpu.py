@@ -49,6 +49,9 @@ class Cpu:
     def host_slab(self, nbytes: int) -> Tensor:
         return plain_slab(nbytes)
 
+    def scratch(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
     def copy(self, stream: int, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         for source, target in zip(sources, targets, strict=True):
             target.copy_(source)

@@ -39,6 +39,9 @@ class Cuda:
     def host_slab(self, nbytes: int) -> Tensor:
         return torch.frombuffer(_Registered(nbytes, self.place), dtype=torch.uint8)
 
+    def scratch(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
     # ------------------------------------------------------------------ streams
     def copy(self, stream: int, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         with torch.cuda.stream(self._stream(stream)):
@@ -87,7 +90,7 @@ class Cuda:
         top: Tensor | None = None,
     ) -> Partial:
         self._stream(COMPUTE)
-        if blocks.dtype not in kernels.DTYPES or q.shape[1] > kernels.MOST_ROWS:
+        if blocks.latent or blocks.dtype not in kernels.DTYPES or q.shape[1] > kernels.MOST_ROWS:
             return self._attend_plainly(q, blocks, scale, lo, hi, softcap, top)
         seen = (blocks.starts + blocks.counts > lo.min()) & (blocks.starts < hi.max())
         table = kernels.Table(
@@ -137,6 +140,8 @@ class Cuda:
             blocks.addresses, ends - blocks.counts, blocks.counts, blocks.k_dim, blocks.v_dim, blocks.dtype
         )
         k, v = self.gather(packed, 0, int(ends[-1]) if ends.size else 0)
+        if blocks.latent:
+            k, v = torch.cat([k, v], -1), k
         positions = np.repeat(blocks.starts - packed.starts, blocks.counts) + np.arange(k.shape[1])
         visible = self._up((positions >= lo[:, None]) & (positions < hi[:, None]))
         if top is not None:

@@ -45,6 +45,13 @@ class Lanes:
             self.device.copy(DOWN, *paired(self.near, src, self.far, dst, nbytes))
         return self._events[DOWN][-1][1]
 
+    def read(self, slots: Slots, nbytes: int) -> tuple[Tensor, Event]:
+        """The first bytes of device slots, uint8 [n, nbytes] in memory of the CPU: there once the event is done."""
+        rows = self.device.scratch(slots.size * nbytes).view(slots.size, nbytes)
+        with self._told(DOWN, slots, NO_SLOTS):
+            self.device.copy(DOWN, [self.near.tensor(slot)[:nbytes] for slot in slots.tolist()], list(rows))
+        return rows, self._events[DOWN][-1][1]
+
     def up(self, src: Slots, dst: Slots, nbytes: Sizes) -> Event | None:
         """The same from host slots to device slots."""
         if self.device.on_cpu:
