@@ -92,7 +92,8 @@ class Engine:
         self.waited_seconds = self.stalled_seconds = 0.0
         self.stalls = 0
         """How often new blocks had to wait until older ones were written, for ``stalled_seconds`` in all."""
-        self._executor, self._device = executor, device
+        self._executor, self.device = executor, device
+        """device: what the first tier lives on, once there are keys; None = of the place of the first ones."""
         self._mover: Mover | None = None
         self._loop: LoopThread | None = None
         self.partitions: Partitions | None = None
@@ -163,7 +164,7 @@ class Engine:
         ssd = self.store.tier(s.io, self.accountant, s.segment_tokens, s.io_threads)
         ssd.writes = self.wear
         publish = partial(_publish, self.store, ssd, executor, s.segment_tokens, self.wear)
-        on = self._device or device_at(device)
+        on = self.device or device_at(device)
         device_tier = DeviceTier(s.device_budget, slot_bytes, self.accountant, on)
         host_tier = HostTier(s.host_budget, slot_bytes, self.accountant, on)
         self._mover = Mover(s, self.policies, device_tier, host_tier, ssd, executor, publish, on)

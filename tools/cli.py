@@ -30,6 +30,7 @@ from alaya_tiers.tools import (
     compression,
     disk,
     fsck,
+    gpu,
     heads,
     indexes,
     inspect,
@@ -83,6 +84,7 @@ bench.app.command("attention")(heads.command)
 bench.app.command("choice")(choice.command)
 bench.app.command("contexts")(many.command)
 bench.app.command("compression")(compression.command)
+bench.app.command("gpu")(gpu.command)
 bench.app.command("io")(disk.command)
 bench.app.command("index")(indexes.command)
 bench.app.command("quality")(quality.command)
