@@ -58,6 +58,7 @@ typedef struct scan {
     float *piece_top;               /* [heads][pieces][rows] */
     float *piece_mass;              /* [heads][pieces][rows][v_dim + 2]: sum of weighted values, largest score, weight */
     void (*piece)(const struct scan *, int64_t, int64_t);
+    void (*add)(const struct scan *, const float *, const float *, float *);
 } scan;
 
 static const float LOG2_E = 1.44269504f;
@@ -132,23 +133,33 @@ static void other_piece(void *data, int64_t item, int64_t worker)
     f->piece(f, item / (f->pieces - 1), item % (f->pieces - 1));
 }
 
-/* Put back what turned out not to matter: into the estimate. */
-static void drop(const scan *f, int64_t head, int32_t token, const float *scores, float *sums)
+/* What turned out not to matter goes back into the estimate, block by block: weights of the present block. */
+typedef struct {
+    int64_t block;
+    float weight[MAX_ROWS];
+} dropped;
+
+static void put_back(const scan *f, int64_t head, dropped *d, float *sums)
 {
-    const float *block = block_of(f, head, token / f->tokens);
-    const float unit = block[V_UNIT];
-    const int8_t *mean_v = mean_v_of(f, block);
+    if (d->block >= 0) f->add(f, block_of(f, head, d->block), d->weight, sums);
+    memset(d->weight, 0, sizeof(float) * (size_t)f->rows);
+}
+
+static void drop(const scan *f, int64_t head, int32_t token, const float *scores, dropped *d, float *sums)
+{
+    const int64_t block = token / f->tokens;
+    if (block != d->block) put_back(f, head, d, sums), d->block = block;
     for (int64_t r = 0; r < f->rows; r++) {
         float *sum = sums + r * (f->v_dim + 2), x = cap(scores[r] * f->scale, f->softcap);
+        if (x < sum[f->v_dim] - 30.0f) continue;
         if (x > sum[f->v_dim]) {
             float shrink = sum[f->v_dim] == -INFINITY ? 0 : expf(sum[f->v_dim] - x);
-            for (int64_t d = 0; d < f->v_dim; d++) sum[d] *= shrink;
+            for (int64_t i = 0; i < f->v_dim; i++) sum[i] *= shrink;
             sum[f->v_dim + 1] *= shrink;
+            d->weight[r] *= shrink;
             sum[f->v_dim] = x;
         }
-        float weight = expf(x - sum[f->v_dim]);
-        for (int64_t d = 0; d < f->v_dim; d++) sum[d] += weight * unit * (float)mean_v[d];
-        sum[f->v_dim + 1] += weight;
+        d->weight[r] += expf(x - sum[f->v_dim]);
     }
 }
 
@@ -207,6 +218,7 @@ static void finish_head(void *data, int64_t head, int64_t worker)
             a[f->v_dim] = top;
         }
     int64_t base = head * f->n * f->tokens;
+    dropped back = {.block = -1};
     for (int64_t p = 0; p < f->pieces; p++) {
         int64_t from = base + p * f->per_piece * f->tokens;
         for (int64_t i = from; i < from + f->n_hits[head * f->pieces + p]; i++) {
@@ -215,7 +227,7 @@ static void finish_head(void *data, int64_t head, int64_t worker)
             for (int64_t r = 0; r < f->rows; r++)
                 near |= scores[r] + bound(f, at + r, f->hits[i]) >= limit[r];
             if (!near) {
-                drop(f, head, f->hits[i].token, scores, sums);
+                drop(f, head, f->hits[i].token, scores, &back, sums);
                 continue;
             }
             f->found[base + n] = f->hits[i].token;
@@ -238,10 +250,11 @@ static void finish_head(void *data, int64_t head, int64_t worker)
         int64_t kept = 0;
         for (int64_t i = 0; i < n; i++) {
             if (keys[i] >= least && kept < f->budget) f->found[base + kept++] = f->found[base + i];
-            else drop(f, head, f->found[base + i], f->scores + (base + i) * f->rows, sums);
+            else drop(f, head, f->found[base + i], f->scores + (base + i) * f->rows, &back, sums);
         }
         n = kept;
     }
+    put_back(f, head, &back, sums);
     f->n_found[head] = n;
     for (int64_t r = 0; r < f->rows; r++) {
         float *sum = sums + r * width, weight = sum[f->v_dim + 1];
@@ -321,11 +334,11 @@ int64_t alaya_scan(int64_t threads, int64_t finish, const float *q, const int64_
                .n = n, .dims = dims, .v_dim = v_dim, .tokens = tokens, .bits = bits, .codes_at = codes_at,
                .budget = budget, .scale = scale, .softcap = softcap, .reach = reach, .sure = sure, .best = best,
                .n_found = n_found, .top = top, .mass = mass, .lse = lse, .parts = sure < 1 ? 1 : 2,
-               .piece = scan_piece_4}, *f = &s;
+               .piece = scan_piece_4, .add = add_4}, *f = &s;
 #ifdef X86
     int widest = alaya_widest();
-    if (widest == 16 && __builtin_cpu_supports("avx512vnni")) f->piece = scan_piece_16;
-    else if (widest >= 8) f->piece = scan_piece_8;
+    if (widest == 16 && __builtin_cpu_supports("avx512vnni")) f->piece = scan_piece_16, f->add = add_16;
+    else if (widest >= 8) f->piece = scan_piece_8, f->add = add_8;
 #endif
     lay_out(f, room);
     if (threads > ALAYA_MAX_THREADS) threads = ALAYA_MAX_THREADS;
@@ -529,6 +542,20 @@ static int64_t NAME(keep)(const scan *f, NAME(bars) *k, int64_t head, int64_t b,
     return hits;
 }
 
+/* The mean value of a block, so often for each row, into its sums. */
+static void NAME(add)(const scan *f, const float *block, const float *weight, float *sums)
+{
+    const int8_t *mean_v = mean_v_of(f, block);
+    for (int64_t r = 0; r < f->rows; r++) {
+        if (!(weight[r] > 0)) continue;
+        float *sum = sums + r * (f->v_dim + 2), times = weight[r] * block[V_UNIT];
+        int64_t d = 0;
+        for (; d + VL <= f->v_dim; d += VL) storef(sum + d, loadf(sum + d) + times * NAME(load8)(mean_v + d));
+        for (; d < f->v_dim; d++) sum[d] += times * (float)mean_v[d];
+        sum[f->v_dim + 1] += weight[r];
+    }
+}
+
 static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
 {
     const int64_t rows = f->rows, at = head * rows, width = f->v_dim + 2, code_bytes = f->dims * f->bits / 8 * LANES;
@@ -549,7 +576,7 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
     }
     for (int64_t b = piece * f->per_piece; b < last; b++) {
         const float *block = block_of(f, head, b);
-        const int8_t *mean_k = mean_k_of(block), *mean_v = mean_v_of(f, block);
+        const int8_t *mean_k = mean_k_of(block);
         const uint8_t *levels = levels_of(f, block), *codes = (const uint8_t *)block + f->codes_at;
         const int32_t from = f->first[b], to = from + f->count[b];
         for (int64_t r = 0; r < rows; r++) {
@@ -602,14 +629,9 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
                 k.weight[r] += weight;
             }
         }
-        for (int64_t r = 0; r < rows; r++) {
-            float *sum = sums + r * width, w = NAME(total)(k.weight[r]);
-            const float wu = w * block[V_UNIT];
-            int64_t d = 0;
-            for (; w > 0 && d + VL <= f->v_dim; d += VL) storef(sum + d, loadf(sum + d) + wu * NAME(load8)(mean_v + d));
-            for (; w > 0 && d < f->v_dim; d++) sum[d] += wu * (float)mean_v[d];
-            sum[f->v_dim + 1] += w;
-        }
+        float weight[MAX_ROWS];
+        for (int64_t r = 0; r < rows; r++) weight[r] = NAME(total)(k.weight[r]);
+        NAME(add)(f, block, weight, sums);
     }
     for (int64_t r = 0; r < rows; r++) {
         sums[r * width + f->v_dim] = k.most[r];

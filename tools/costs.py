@@ -7,8 +7,8 @@ from alaya_tiers.tools.shapes import Shape
 
 DTYPES = {2: "bfloat16", 4: "float32"}
 
-CODE_SHARE = 1.07
-"""Bytes of 8-bit codes for each number of a key, with scales and means."""
+CODE_SHARE = 1.03
+"""Bytes of codes with levels and means, over the bytes of the bits of their numbers."""
 
 
 @dataclass(frozen=True, slots=True)

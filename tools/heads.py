@@ -52,8 +52,8 @@ class Plan:
     layers: int = 4
     dtype: str = "fp32"
     alpha: float = 0.001
-    bits: int = 8
-    sure: float = 3.0
+    bits: int = 4
+    sure: float = 2.0
     most: int | None = None
     steps: int = 15
     memory_bytes: int = 1 << 30
@@ -282,8 +282,8 @@ def _quality(use: dict[str, Any]) -> list[str]:
 def command(
     contexts: Annotated[str, typer.Option(help="Context lengths.")] = "32K,128K",
     alpha: Annotated[float, typer.Option(help="Keys with this share of the largest weight are attended.")] = 0.001,
-    bits: Annotated[int, typer.Option(help="Of a coded number: 4 or 8.")] = 8,
-    sure: Annotated[float, typer.Option(help="Deviations allowed for; 0: provably complete.")] = 3.0,
+    bits: Annotated[int, typer.Option(help="Of a coded number: 4 or 8.")] = 4,
+    sure: Annotated[float, typer.Option(help="Deviations allowed for; 0: provably complete.")] = 2.0,
     most: Annotated[int | None, typer.Option(help="Keys a kv head at most.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     layers: int = 4,

@@ -281,7 +281,7 @@ def command(
     guess: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "none,confident",
     compute: Annotated[float, typer.Option(help="Milliseconds between two layers' attention, as of a model.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    bits: Annotated[int, typer.Option(help="Of a coded number: 4 or 8.")] = 8,
+    bits: Annotated[int, typer.Option(help="Of a coded number: 4 or 8.")] = 4,
     layers: int = 4,
     kv_heads: int = 4,
     group: int = 4,

@@ -102,7 +102,8 @@ def plan(shape: Shape, tokens: int, room: Room, known: Profile, mode: str = "aut
         missing.append(f"the weights of {format_bytes(costs.weight_bytes)} do not fit into the {home} memory")
     chosen = mode if mode != "auto" else _mode(room, kv, sum(free.values()), tokens)
     window = min(kv, shape.layers * run * 3)  # sinks, recent tokens, the block that is written
-    codes = int(kv / shape.number_bytes / 2 * CODE_SHARE) if chosen == "sparse" else 0
+    numbers = kv / shape.number_bytes / 2
+    codes = int(numbers * CODE_SHARE * Settings().index_bits / 8) if chosen == "sparse" else 0
     device = min(shape.layers * run * runs, max(window, free["device"] if room.device else window))
     free[home] -= device
     free["host"] -= codes

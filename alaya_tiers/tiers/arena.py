@@ -24,11 +24,12 @@ class Arena:
         make_slab: Callable[[int], Tensor],
         *,
         on_cpu: bool = True,
+        slab_bytes: int = SLAB_BYTES,
     ) -> None:
         self.on_cpu = on_cpu
         self.name, self.slot_bytes, self.capacity = name, slot_bytes, budget // slot_bytes
         self._accountant, self._make_slab = accountant, make_slab
-        self._per_slab = max(1, SLAB_BYTES // slot_bytes)
+        self._per_slab = max(1, slab_bytes // slot_bytes)
         self._slabs: list[Tensor] = []
         self._addresses = np.zeros(self.capacity, np.int64)
         self._made = 0
