@@ -14,7 +14,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import bench, choice, cli, machine, overhead, ttft
+from alaya_tiers.tools import bench, choice, cli, machine, overhead, rawdisk, ttft
 from alaya_tiers.tools.baselines import (
     COMPETITORS,
     RAM,
@@ -215,9 +215,9 @@ class TestMachine:
         assert (both.method, both.best) == ("b", 3.0)
 
     def test_the_disk_is_read_past_the_page_cache_where_it_can(self, tmp_path: Path) -> None:
-        with machine.disk_file(tmp_path, 8 * MIB) as file:
+        with rawdisk.disk_file(tmp_path, 8 * MIB) as file:
             assert file.path.stat().st_size == 8 * MIB
-            assert machine.disk_bandwidth(file, 8 * MIB).best > 0
+            assert rawdisk.disk_bandwidth(file, 8 * MIB).best > 0
         assert list(tmp_path.iterdir()) == []
 
     def test_a_file_system_without_direct_io_is_read_buffered(
@@ -231,9 +231,9 @@ class TestMachine:
             return real(path, flags, mode, **kwargs)
 
         monkeypatch.setattr(os, "open", refuses)
-        with machine.disk_file(tmp_path, 4 * MIB) as file:
+        with rawdisk.disk_file(tmp_path, 4 * MIB) as file:
             assert not file.direct
-            assert machine.disk_bandwidth(file, 4 * MIB).best > 0
+            assert rawdisk.disk_bandwidth(file, 4 * MIB).best > 0
 
     def test_fio_is_asked_where_it_is_installed(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         fio = tmp_path / "bin" / "fio"
@@ -241,8 +241,8 @@ class TestMachine:
         fio.write_text('#!/bin/sh\necho \'{"jobs": [{"read": {"bw_bytes": 1e15}}]}\'\n')
         fio.chmod(0o700)
         monkeypatch.setenv("PATH", str(fio.parent), prepend=os.pathsep)
-        with machine.disk_file(tmp_path, 4 * MIB) as file:
-            found = machine.disk_bandwidth(file, 4 * MIB)
+        with rawdisk.disk_file(tmp_path, 4 * MIB) as file:
+            found = rawdisk.disk_bandwidth(file, 4 * MIB)
         assert (found.best, found.method) == (1e15, "fio 256 KiB x 4")
 
     def test_facts_about_this_process(self) -> None:

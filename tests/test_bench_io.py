@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from alaya_tiers.errors import ConfigError, StoreCorrupt
 from alaya_tiers.tools import cli, disk, transfers
 from alaya_tiers.tools.baselines import Shape
-from alaya_tiers.tools.transfers import AT_RANDOM, Blocks, Transfer, plain
+from alaya_tiers.tools.rawdisk import transfer
+from alaya_tiers.tools.transfers import AT_RANDOM, Blocks, Transfer
 
 KIB = 1 << 10
 
@@ -37,11 +38,11 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
 
 def test_plain_transfers_move_every_byte(tmp_path: Path) -> None:
     order = np.random.default_rng(0).permutation(7)
-    assert plain(str(tmp_path / "file"), order, 4 * KIB, 3, direct=False, write=True) > 0
+    assert transfer(tmp_path / "file", order * 4 * KIB, 4 * KIB, 3, direct=False, write=True).rate > 0
     assert os.path.getsize(tmp_path / "file") == 7 * 4 * KIB
-    assert plain(str(tmp_path / "file"), order, 4 * KIB, 3, direct=False) > 0
+    assert transfer(tmp_path / "file", order * 4 * KIB, 4 * KIB, 3, direct=False).rate > 0
     with pytest.raises(OSError, match="cut short"):
-        plain(str(tmp_path / "file"), np.array([7]), 4 * KIB, 1, direct=False)
+        transfer(tmp_path / "file", np.array([7]) * 4 * KIB, 4 * KIB, 1, direct=False)
 
 
 def test_a_ratio_is_of_neighbours_in_time() -> None:

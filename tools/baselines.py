@@ -20,8 +20,9 @@ from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
 from alaya_tiers.stats import Stats
-from alaya_tiers.tools import machine
-from alaya_tiers.tools.machine import Bandwidth, DiskFile
+from alaya_tiers.tools import machine, rawdisk
+from alaya_tiers.tools.machine import Bandwidth
+from alaya_tiers.tools.rawdisk import DiskFile
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 VOCABULARY = 512
@@ -349,7 +350,7 @@ def measure(
     result = Measured(competitor.name, skipped=_too_much(competitor, case))
     if result.skipped is not None:
         return result
-    limit = machine.disk_bandwidth(disk, disk.nbytes) if disk is not None and competitor.ssd else None
+    limit = rawdisk.disk_bandwidth(disk, disk.nbytes) if disk is not None and competitor.ssd else None
     machine.reset_peak_rss()
     began = time.perf_counter()
     with competitor.opened(case, model, context) as cache:
@@ -361,7 +362,7 @@ def measure(
             result.attention = attention_only(cache.session, case, pace)
     result.peak_rss = machine.peak_rss()
     if disk is not None and limit is not None:
-        limit = limit.merged(machine.disk_bandwidth(disk, disk.nbytes))
+        limit = limit.merged(rawdisk.disk_bandwidth(disk, disk.nbytes))
         result.ssd = _ssd(case, seen[0], seen[1], result.steps, limit)
     return result
 

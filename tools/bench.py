@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import AlayaError, ConfigError
-from alaya_tiers.tools import machine
+from alaya_tiers.tools import machine, rawdisk
 from alaya_tiers.tools.baselines import (
     COMPETITORS,
     IN_PLACE,
@@ -191,7 +191,7 @@ def run(bench: Bench, say: Say = lambda text: None, competitors: Sequence[Compet
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-alaya-", dir=parent)))
         disk = None
         if any(c.ssd for c in competitors):
-            disk = stack.enter_context(machine.disk_file(directory, bench.disk_bytes))
+            disk = stack.enter_context(rawdisk.disk_file(directory, bench.disk_bytes))
         for tokens in bench.contexts:
             case = Case(bench.shape, model.config, tokens, tokens + bench.pace.steps + 1, directory, bench.sharpness)
             row = Row(tokens, case.kv_bytes)

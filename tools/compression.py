@@ -27,7 +27,7 @@ from transformers import DynamicCache
 
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import machine
+from alaya_tiers.tools import machine, rawdisk
 from alaya_tiers.tools.bench import BUSY, one_line_errors
 from alaya_tiers.tools.corpus import WordTokenizer, stdlib_text
 from alaya_tiers.tools.demo import SLOTS, load
@@ -152,8 +152,8 @@ def run(model: str, tokens: int, rounds: int, directory: str | None, say: Say) -
     parent = directory or os.environ.get("ALAYA_TIERS_DIR")
     with tempfile.TemporaryDirectory(prefix="bench-alaya-", dir=parent) as folder:
         say("disk")
-        with machine.disk_file(Path(folder), 256 << 20) as file:
-            disk = machine.disk_bandwidth(file, file.nbytes)
+        with rawdisk.disk_file(Path(folder), 256 << 20) as file:
+            disk = rawdisk.disk_bandwidth(file, file.nbytes)
     for data, layers in ((Path(model).name, trained(model, tokens)), ("computed model", quoting(tokens))):
         for part in layers[0]:
             say(f"{data}, {part}")

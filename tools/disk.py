@@ -26,7 +26,7 @@ from rich.table import Table
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
-from alaya_tiers.tools import machine
+from alaya_tiers.tools import machine, rawdisk
 from alaya_tiers.tools.baselines import VOCABULARY, Shape, build_model
 from alaya_tiers.tools.bench import BUSY, one_line_errors
 from alaya_tiers.tools.machine import CpuUse
@@ -123,7 +123,7 @@ def run(
     """Measure everything. Raises ConfigError, StoreError, OSError."""
     began, parent = CpuUse.now(), directory or os.environ.get("ALAYA_TIERS_DIR")
     with tempfile.TemporaryDirectory(prefix="bench-alaya-", dir=parent) as folder:
-        with machine.disk_file(Path(folder), MIB) as file:
+        with rawdisk.disk_file(Path(folder), MIB) as file:
             direct = file.direct
         found = Found(machine.describe(), direct, tokens=tokens)
         found.transfers = list(transfers(Path(folder), sizes, depths, nbytes, rounds, direct=direct, say=say))

@@ -30,7 +30,7 @@ from alaya_tiers.contexts import Chunk, Contexts
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import AlayaError, ConfigError
 from alaya_tiers.identity import Identity, Tokens, model_digest
-from alaya_tiers.tools import machine, offload
+from alaya_tiers.tools import machine, offload, rawdisk
 from alaya_tiers.tools.baselines import DTYPES, parse_contexts
 from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.heads import Heads
@@ -87,8 +87,8 @@ def run(plan: offload.Plan, host: int, say: Say) -> Found:
     assert path is not None
     path.mkdir(parents=True, exist_ok=True)
     say("the disk itself")
-    with machine.disk_file(path.parent, min(1 << 30, max(64 << 20, plan.kv_bytes))) as file:
-        disk, pages = machine.disk_bandwidth(file, min(512 << 20, file.nbytes)), offload.page_rate(file)
+    with rawdisk.disk_file(path.parent, min(1 << 30, max(64 << 20, plan.kv_bytes))) as file:
+        disk, pages = rawdisk.disk_bandwidth(file, min(512 << 20, file.nbytes)), rawdisk.page_rate(file)
     if not _is_there(plan, host):
         say("importing, in a process of its own")
         started = time.perf_counter()

@@ -3,16 +3,12 @@
 import contextlib
 import ctypes
 import itertools
-import json
 import mmap
 import os
 import platform
 import resource
-import shutil
-import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -168,98 +164,3 @@ def _seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-# ---------------------------------------------------------------------- disk
-@dataclass(frozen=True, slots=True)
-class DiskFile:
-    """A file of random bytes to read the disk's speed from. direct: past the page cache (O_DIRECT)."""
-
-    path: Path
-    nbytes: int
-    direct: bool
-
-    def open(self, flags: int) -> int:
-        """A file descriptor."""
-        return os.open(self.path, flags | os.O_CLOEXEC | (os.O_DIRECT if self.direct else 0), 0o600)
-
-
-@contextlib.contextmanager
-def disk_file(directory: Path, nbytes: int) -> Iterator[DiskFile]:
-    """A DiskFile in ``directory``, removed afterwards. Raises OSError."""
-    file = DiskFile(directory / f"bandwidth-{os.getpid()}", nbytes // MIB * MIB, True)
-    try:
-        try:
-            _fill(file)
-        except OSError:  # e.g. some network and memory file systems
-            file = DiskFile(file.path, file.nbytes, False)
-            _fill(file)
-        yield file
-    finally:
-        file.path.unlink(missing_ok=True)
-
-
-def disk_bandwidth(file: DiskFile, nbytes: int) -> Bandwidth:
-    """Reading ``nbytes`` of the file with preadv on threads, no byte twice: several request sizes and depths."""
-    ways = ((256 << 10, 4), (256 << 10, 16), (MIB, 4), (MIB, 8))
-    share = min(nbytes, file.nbytes) // len(ways) // MIB * MIB or MIB
-    found = {
-        f"preadv {size >> 10} KiB x {threads}": share / _read(file, i * share % file.nbytes, share, size, threads)
-        for i, (size, threads) in enumerate(ways)
-    }
-    return Bandwidth(found | _fio(file, min(nbytes, file.nbytes)))
-
-
-def _fill(file: DiskFile) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, 8 * MIB, np.uint8)
-    with mmap.mmap(-1, MIB) as buffer:
-        handle = file.open(os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        try:
-            for i in range(file.nbytes // MIB):
-                start = i % 7 * MIB + i % 251  # no two pieces alike for a long while
-                buffer[:] = noise[start : start + MIB].tobytes()
-                if os.pwrite(handle, buffer, i * MIB) != MIB:
-                    raise OSError(f"{file.path}: a write was cut short; is the disk full?")
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _read(file: DiskFile, start: int, nbytes: int, size: int, threads: int) -> float:
-    """Seconds to read ``nbytes`` from ``start`` in requests of ``size``, ``threads`` at a time."""
-    claims, lock = iter(range(start, start + nbytes, size)), threading.Lock()
-    handle = file.open(os.O_RDONLY)
-
-    def work(_: int) -> None:
-        with mmap.mmap(-1, size) as buffer:
-            while True:
-                with lock:
-                    offset = next(claims, None)
-                if offset is None:
-                    return
-                if os.preadv(handle, [buffer], offset) != size:
-                    raise OSError(f"{file.path}: a read was cut short")
-
-    try:
-        if not file.direct:
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        with ThreadPoolExecutor(threads) as pool:
-            return _seconds(lambda: list(pool.map(work, range(threads))))
-    finally:
-        os.close(handle)
-
-
-def _fio(file: DiskFile, nbytes: int) -> dict[str, float]:
-    """fio's own figure, where fio is installed."""
-    if shutil.which("fio") is None:
-        return {}
-    command = [
-        "fio", "--name=read", f"--filename={file.path}", "--rw=read", "--bs=256k", "--ioengine=psync", "--thread",
-        "--numjobs=4", f"--direct={int(file.direct)}", f"--size={nbytes // 4}", f"--offset_increment={nbytes // 4}",
-        "--group_reporting", "--output-format=json",
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    try:
-        return {"fio 256 KiB x 4": float(json.loads(done.stdout)["jobs"][0]["read"]["bw_bytes"])}
-    except (ValueError, LookupError, TypeError):
-        return {}

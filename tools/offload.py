@@ -10,7 +10,6 @@ import ctypes
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -19,21 +18,17 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import psutil
-import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from alaya_tiers.blocks import PAGE
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.config import Settings, format_bytes
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.seams import SystemDisk
-from alaya_tiers.tools import machine
+from alaya_tiers.tools import machine, rawdisk
 from alaya_tiers.tools.baselines import DTYPES, parse_contexts
 from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.heads import CHUNK, HEADS, Heads
@@ -151,8 +146,8 @@ def run(plan: Plan, say: Say = lambda text: None) -> Found:
     host = int(plan.kv_bytes / plan.times)
     say("the disk itself")
     directory = plan.path or Path.cwd()
-    with machine.disk_file(directory, min(1 << 30, max(64 << 20, plan.kv_bytes))) as file:
-        disk, pages = machine.disk_bandwidth(file, min(512 << 20, file.nbytes)), page_rate(file)
+    with rawdisk.disk_file(directory, min(1 << 30, max(64 << 20, plan.kv_bytes))) as file:
+        disk, pages = rawdisk.disk_bandwidth(file, min(512 << 20, file.nbytes)), rawdisk.page_rate(file)
     found = Found(plan, machine.describe(), disk, pages, host)
     if plan.in_memory:
         roomy = {"device_budget": plan.kv_bytes + (64 << 20), "host_budget": 64 << 20}
@@ -220,24 +215,6 @@ def steps(plan: Plan, heads: Heads, session: Session, name: str, say: Say) -> Wa
         (after.read_bytes - before.read_bytes) / n, use.attended / max(1, use.visible),
         use.recovered / max(1, use.steps), pages, peak, times[0], first_bytes,
     )  # fmt: skip
-
-
-def page_rate(file: machine.DiskFile, n: int = 8192) -> float:
-    """Pages a second, read at random, many under way at once."""
-    handle, disk = file.open(os.O_RDONLY), SystemDisk()
-    try:
-        rng, best = np.random.default_rng(0), 0.0
-        memory = torch.empty((n + 1) * PAGE, dtype=torch.uint8)
-        start = -memory.data_ptr() % PAGE + memory.data_ptr()
-        for _ in range(3):
-            at = np.sort(rng.choice(file.nbytes // PAGE, min(n, file.nbytes // PAGE), replace=False)) * PAGE
-            k = at.size
-            began = time.perf_counter()
-            disk.read_pages(np.full(k, handle, np.int32), at, np.arange(k + 1), start + np.arange(k) * PAGE, PAGE)
-            best = max(best, k / (time.perf_counter() - began))
-        return best
-    finally:
-        os.close(handle)
 
 
 def table(found: Found) -> Table:

@@ -2,13 +2,11 @@
 
 import itertools
 import json
-import mmap
 import os
 import shutil
 import statistics
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,10 +26,11 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
 from alaya_tiers.index.codes import Layout, Reach, encode, scan
-from alaya_tiers.tools import machine
+from alaya_tiers.tools import machine, rawdisk
 from alaya_tiers.tools.baselines import VOCABULARY, Shape, build_model
-from alaya_tiers.tools.machine import Bytes, DiskFile
+from alaya_tiers.tools.machine import Bytes
 from alaya_tiers.tools.profile import Profile, Transfer, identity, today
+from alaya_tiers.tools.rawdisk import DiskFile
 
 HEADS, GROUP, BLOCK = 4, 4, 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,11 +62,12 @@ def measure(directory: Path, *, quick: bool = False, say: Say = lambda text: Non
     step, layer, flops = _model(weights, quick, tries)
     say("SSD")
     try:
-        with machine.disk_file(directory, (16 if quick else 256) << 20) as file:
+        with rawdisk.disk_file(directory, (16 if quick else 256) << 20) as file:
             ssd = tuple(
                 _transfer(file, size, depth, (4 if quick else 64) << 20)
                 for size, depth in itertools.product(SIZES, DEPTHS)
             )
+            page = 1 / rawdisk.page_rate(file, 512 if quick else 8192)
     except OSError as error:
         raise ConfigError(f"cannot measure the SSD in {directory}: {error}") from error
     say("engine")
@@ -78,7 +78,7 @@ def measure(directory: Path, *, quick: bool = False, say: Say = lambda text: Non
     return Profile(
         identity=identity(), versions=versions | {"threads": facts["threads"]}, date=today(), memory_read=memory.best,
         memory_copy=copied, attend=attend, scan=rate, pick=pick, encode=made, weights=weights, flops=flops, step=step,
-        layer=layer, look=look, load=load, digest=digest, ssd=ssd,
+        layer=layer, look=look, load=load, digest=digest, ssd=ssd, page=page,
     )  # fmt: skip
 
 
@@ -201,36 +201,10 @@ def _transfer(file: DiskFile, size: int, depth: int, nbytes: int) -> Transfer:
     """Requests of ``size`` at random places, ``depth`` at a time."""
     count = max(depth, min(nbytes, file.nbytes) // size)
     places = np.random.default_rng(size + depth).permutation(file.nbytes // size)[:count] * size
-    read, latencies = _requests(file, places.tolist(), size, depth, write=False)
-    written, _ = _requests(file, places[: max(depth, count // 2)].tolist(), size, depth, write=True)
-    return Transfer(size, depth, read, written, statistics.median(latencies))
-
-
-def _requests(file: DiskFile, places: list[int], size: int, depth: int, *, write: bool) -> tuple[float, list[float]]:
-    """Bytes a second, and seconds of each request."""
-    handle = file.open(os.O_RDWR)
-    latencies: list[float] = []
-
-    def work(mine: list[int]) -> None:
-        with mmap.mmap(-1, size) as buffer:
-            for place in mine:
-                began = time.perf_counter()
-                done = os.pwritev(handle, [buffer], place) if write else os.preadv(handle, [buffer], place)
-                latencies.append(time.perf_counter() - began)
-                if done != size:
-                    raise OSError(f"{file.path}: a request was cut short")
-
-    try:
-        if not file.direct and not write:
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        with ThreadPoolExecutor(depth) as pool:
-            began = time.perf_counter()
-            list(pool.map(work, [places[i::depth] for i in range(depth)]))
-            if write:
-                os.fdatasync(handle)
-            return len(places) * size / (time.perf_counter() - began), latencies
-    finally:
-        os.close(handle)
+    read = rawdisk.transfer(file.path, places, size, depth, direct=file.direct)
+    some = places[: max(depth, count // 2)]
+    written = rawdisk.transfer(file.path, some, size, depth, direct=file.direct, write=True, lasting=True)
+    return Transfer(size, depth, read.rate, written.rate, statistics.median(read.latencies))
 
 
 def _load(directory: Path, ssd: tuple[Transfer, ...], tries: int) -> float:
@@ -302,6 +276,7 @@ def table(found: Profile) -> Table:
         "each layer of it": found.layer,
         "sparse, each layer": found.look,
         "each batch from the SSD": found.load,
+        "each page of 4 KiB from it": found.page,
     }
     for name, each in seconds.items():
         shown.add_row(name, f"{each * 1e6:,.2f} us")

@@ -6,7 +6,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +22,7 @@ from alaya_tiers.seams import SystemDisk, Threads
 from alaya_tiers.tiers.base import Accountant
 from alaya_tiers.tiers.host import HostTier
 from alaya_tiers.tiers.ssd import SsdTier
-from alaya_tiers.tools import machine
+from alaya_tiers.tools.rawdisk import transfer
 
 ROW = 512
 """Bytes of a token's key and value."""
@@ -127,30 +126,6 @@ class Blocks:
             self._digests[some[which]] = digests
 
 
-def plain(path: str, order: Order, size: int, depth: int, *, direct: bool, write: bool = False) -> float:
-    """Bytes a second of nothing but preadv or pwritev of ``size`` on ``depth`` threads. Raises OSError."""
-    flags = (os.O_WRONLY | os.O_CREAT if write else os.O_RDONLY) | os.O_CLOEXEC | (os.O_DIRECT if direct else 0)
-    handle = os.open(path, flags, 0o600)
-    move = os.pwritev if write else os.preadv
-
-    def work(mine: list[int]) -> None:
-        memory = machine.memory_buffer(2 * HUGE)  # in huge pages, as that of the tiers
-        at = -memory.ctypes.data % HUGE
-        buffer = memory[at : at + size].data
-        for number in mine:
-            if move(handle, [buffer], number * size) != size:
-                raise OSError(f"{path}: a transfer was cut short")
-
-    try:
-        parts = [order[i::depth].tolist() for i in range(depth)]
-        with ThreadPoolExecutor(depth) as pool:
-            began = time.perf_counter()
-            list(pool.map(work, parts))
-            return order.size * size / (time.perf_counter() - began)
-    finally:
-        os.close(handle)
-
-
 def transfers(
     directory: Path, sizes: list[int], depths: list[int], nbytes: int, rounds: int, *, direct: bool, say: Say
 ) -> Iterator[Transfer]:
@@ -170,7 +145,7 @@ def _transfers(blocks: Blocks, beside: Path, count: int, rounds: int, *, direct:
     written = Transfer("write", size, depth)
     for _ in range(rounds):  # the first into new files, the others over what is there
         written.ours.append(blocks.write())
-        written.plain.append(plain(str(beside), first, size, depth, direct=direct, write=True))
+        written.plain.append(transfer(beside, first * size, size, depth, direct=direct, write=True).rate)
     yield written
     apart = np.random.default_rng(0).permutation(np.arange(0, count, 2))  # no two are neighbours, to be read as one
     for what, order in ((IN_ORDER, first), (AT_RANDOM, apart[:MOST])):
@@ -179,7 +154,7 @@ def _transfers(blocks: Blocks, beside: Path, count: int, rounds: int, *, direct:
             _forget(blocks.path, direct=direct)
             found.ours.append(blocks.read(order))
             _forget(blocks.path, direct=direct)
-            found.plain.append(plain(blocks.path, order, size, depth, direct=direct))
+            found.plain.append(transfer(Path(blocks.path), order * size, size, depth, direct=direct).rate)
         yield found
 
 

@@ -30,7 +30,7 @@ from alaya_tiers.config import format_bytes
 from alaya_tiers.contexts import Chunk
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf.db import DB
-from alaya_tiers.tools import machine
+from alaya_tiers.tools import machine, rawdisk
 from alaya_tiers.tools.baselines import FILL_TOKENS, VOCABULARY, Context, Shape, build_model, parse_contexts
 from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
@@ -97,8 +97,8 @@ def run(
     model.set_attn_implementation("alaya")
     parent = directory or os.environ.get("ALAYA_TIERS_DIR")
     with tempfile.TemporaryDirectory(prefix="bench-alaya-", dir=parent) as folder:
-        with machine.disk_file(Path(folder), 64 << 20) as disk:
-            found.disk = machine.disk_bandwidth(disk, disk.nbytes)
+        with rawdisk.disk_file(Path(folder), 64 << 20) as disk:
+            found.disk = rawdisk.disk_bandwidth(disk, disk.nbytes)
         say("prefill")
         prefill = _prefill(model, min(PREFILL, *contexts))
         for tokens in contexts:
