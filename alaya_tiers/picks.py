@@ -94,11 +94,11 @@ def ahead(before: Row, state: Layer, row: Row) -> None:
     pages = engine.pages
     if pages is None or not row.runs or before.picked is None or not (sources := pages.sources()):
         return
-    view = partial(_view, pages, engine, sources, state, row, before.picked, row.picked)
+    view = partial(view_of, pages, engine, sources, state, row, before.picked, row.picked)
     engine.on_loop(partial(pages.suggest, view))
 
 
-def _view(
+def view_of(
     pages: Pages, engine: Engine, sources: tuple[str, ...], state: Layer, row: Row, here: Ids, last: Ids | None
 ) -> GuessView:
     """What suggests itself. here: what the layer before picked in this step; last: this layer, in its last."""

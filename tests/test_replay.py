@@ -10,8 +10,9 @@ import pytest
 from alaya_tiers.errors import BudgetTooSmall, ConfigError
 from alaya_tiers.policies import EVICTION
 from alaya_tiers.tools import validate
+from alaya_tiers.tools.phases import Phase
 from alaya_tiers.tools.recorded import Recording, open_recording
-from alaya_tiers.tools.replay import Phase, Replay, replayed
+from alaya_tiers.tools.replay import Replay, replayed
 from alaya_tiers.tools.validate import EXACT, FLOOR, PROMPT, SPARSE, Case, Numbers, Workload
 from tests.test_cli import call
 from tests.test_profile import KNOWN, written

@@ -17,9 +17,10 @@ from rich.console import Console
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.tools import profile, recorded
+from alaya_tiers.tools.phases import Part
 from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Read, Recording, open_recording
-from alaya_tiers.tools.replay import Part, Replay
+from alaya_tiers.tools.replay import Replay
 
 BINS = 256
 """Pieces the context is cut into."""

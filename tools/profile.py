@@ -38,7 +38,8 @@ class Profile:
     a model's weights that a decode step reads. flops: of prefill, really reached. step, layer: seconds of a decode step
     that depend on no size: once, and in each layer. look: what sparse attention adds in each layer. load: what waiting
     for one batch from the SSD adds to the disk's time.
-    digest: bytes of blocks that one thread checks or names.
+    digest: bytes of blocks that one thread checks or names. page: seconds of a page of 4 KiB read singly from the SSD,
+    many under way.
     """
 
     identity: dict[str, Any]
@@ -58,6 +59,7 @@ class Profile:
     load: float
     digest: float
     ssd: tuple[Transfer, ...]
+    page: float = 15e-6
 
     def __post_init__(self) -> None:
         for name in NUMBERS:
@@ -90,12 +92,13 @@ class Profile:
 
     def rates(self, dtype: str = "float32", dim: int = 64) -> Rates:
         """What the optimizer of sparse mode is told of this machine."""
-        return Rates(self.attend_rate(dtype, dim), self.scan, self.pick, self.ssd_read)
+        return Rates(self.attend_rate(dtype, dim), self.scan, self.pick, self.ssd_read, self.page)
 
     def settings(self, dtype: str = "float32", dim: int = 64) -> dict[str, float]:
         """The same as settings of a cache."""
         rates = self.rates(dtype, dim)
         named = {"read_rate": rates.read, "scan_rate": rates.scan, "ssd_rate": rates.ssd, "pick_seconds": rates.pick}
+        named["page_seconds"] = rates.page
         return {name: float(f"{value:.3g}") for name, value in named.items()}
 
     def machine(self, layers: int) -> dict[str, float]:
@@ -159,7 +162,7 @@ def load(path: Path, *, any_machine: bool = False) -> Profile:
             date=data["profile"]["date"],
             attend=attend,
             ssd=tuple(Transfer(**row) for row in data["ssd"]),
-            **{name: data["rates"][name] for name in NUMBERS},
+            **{name: data["rates"][name] for name in NUMBERS if name != "page" or name in data["rates"]},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):

@@ -14,9 +14,10 @@ from rich.table import Table
 from alaya_tiers.config import Settings, format_bytes, parse_bytes
 from alaya_tiers.errors import BudgetTooSmall, ConfigError, OutOfSpace
 from alaya_tiers.policies import EVICTION, PREFETCH
+from alaya_tiers.tools.phases import Phase
 from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Recording
-from alaya_tiers.tools.replay import Phase, Replay
+from alaya_tiers.tools.replay import Replay
 
 SIZES = ("device_budget", "host_budget", "ssd_budget", "batch_bytes")
 NUMBERS = ("block_tokens", "segment_tokens", "recent_tokens", "sink_tokens", "io_threads")

@@ -26,9 +26,10 @@ from alaya_tiers.stats import Stats
 from alaya_tiers.tools import machine, profile
 from alaya_tiers.tools.baselines import VOCABULARY, Context, Shape, build_model
 from alaya_tiers.tools.machine import CpuUse
+from alaya_tiers.tools.phases import Phase
 from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Recording, open_recording
-from alaya_tiers.tools.replay import Phase, replayed
+from alaya_tiers.tools.replay import replayed
 
 FLOOR = 0.25
 WARM = 4

@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from alaya_tiers.blocks import PAGE
 from alaya_tiers.config import Settings
 from alaya_tiers.seams import SystemDisk
 from alaya_tiers.tiers.arena import Arena
 from alaya_tiers.tiers.base import Accountant, Addresses, Slots
-from alaya_tiers.tiers.ssd import SsdTier
+from alaya_tiers.tiers.ssd import LEAST_PAGES, SsdTier
 from alaya_tiers.tools.profile import Profile
 
 T = TypeVar("T")
@@ -62,10 +63,11 @@ class Memory(Arena):
 
 
 class Transfer:
-    """A job of the disk: it does nothing, and ``TimedDisk`` knows how long that takes. extents: bytes of each."""
+    """A job of the disk: it does nothing, and ``TimedDisk`` knows how long that takes. extents: bytes of each; singly:
+    many are asked for at once, as pages are."""
 
-    def __init__(self, extents: list[int], result: Any, *, write: bool) -> None:
-        self.extents, self.write = extents, write
+    def __init__(self, extents: list[int], result: Any, *, write: bool, singly: bool = False) -> None:
+        self.extents, self.write, self.singly = extents, write, singly
         self._result = result
 
     def __call__(self) -> Any:
@@ -93,6 +95,24 @@ class Ssd(SsdTier):
     ) -> list[Callable[[], None]]:
         split = self._split(numbers, offsets, addresses)
         return [Transfer([run.nbytes for run in runs], None, write=False) for runs in split]
+
+    def knows(self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Digests of all pages are kept: everything that was stored can be read by pages."""
+        return np.ones(len(numbers), bool)
+
+    def page_jobs(
+        self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses
+    ) -> list[Callable[[], None]]:
+        order = np.lexsort((offsets, numbers))
+        share = max(LEAST_PAGES, -(-len(order) // self._threads))
+        jobs: list[Callable[[], None]] = []
+        for i in range(0, len(order), share):
+            some = order[i : i + share]
+            joined = (np.diff(numbers[some]) == 0) & (np.diff(offsets[some]) == PAGE)
+            begin = np.flatnonzero(np.append(True, ~joined))
+            extents = np.diff(np.append(begin, some.size)) * PAGE
+            jobs.append(Transfer(extents.tolist(), None, write=False, singly=True))
+        return jobs
 
     def write_index(self, number: int) -> None:
         """No file, no index."""
@@ -125,6 +145,10 @@ class TimedDisk:
 
     def _seconds(self, work: Transfer) -> float:
         depth, seconds = self._running, 0.0
+        if work.singly:
+            sizes = np.array(work.extents)
+            busy = float(np.maximum(self._profile.page, sizes / self._profile.ssd_read).sum())
+            return self._profile.ssd[0].latency + busy * depth + float(sizes.sum()) / self._profile.digest
         for size in work.extents:
             known = self._profile.transfer(size, depth)
             rate = known.write if work.write else known.read

@@ -1,0 +1,306 @@
+"""What attention does in a replay: look, find, read blocks and single pages, read ahead. In virtual time.
+
+What is read, from where, and what leaves for it is decided by the engine's own mover, pool of pages, guesses and
+optimizer; seconds are reckoned from a machine's profile.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from alaya_tiers.blocks import PAGE, BlockShape, Geometry
+from alaya_tiers.cache import FEW_ROWS
+from alaya_tiers.config import Settings
+from alaya_tiers.engine import LOADS_AHEAD
+from alaya_tiers.index.plan import Rates, Step
+from alaya_tiers.ledger import Ids
+from alaya_tiers.mover import Mover
+from alaya_tiers.pages import Pages, Taken
+from alaya_tiers.picks import view_of
+from alaya_tiers.policies import EVICTION, GUESS, by_name
+from alaya_tiers.tools.phases import Part, Phase
+from alaya_tiers.tools.profile import Profile
+from alaya_tiers.tools.recorded import Found, Read
+from alaya_tiers.tools.shapes import Shape
+from alaya_tiers.tools.virtual import VirtualLoop
+
+DTYPES = {"torch.float32": "float32", "torch.bfloat16": "bfloat16", "torch.float16": "bfloat16"}
+
+Seconds = Callable[[int], float]
+"""Of attending to so many blocks."""
+
+
+def nothing(blocks: int) -> float:
+    """What was reckoned elsewhere."""
+    return 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Clock:
+    """Of the simulation."""
+
+    loop: VirtualLoop
+
+    def monotonic(self) -> float:
+        """Seconds."""
+        return self.loop.now
+
+
+def all_ids(first: list[int], heads: int) -> Ids:
+    """Ids of runs, [kv_heads, runs]."""
+    return np.array(first, np.int64)[None] + np.arange(heads)[:, None]
+
+
+class Attending:
+    """Attention over one mover's blocks. shape: of the model, None where it is not known; phase: what counts now."""
+
+    def __init__(
+        self, mover: Mover, settings: Settings, profile: Profile, loop: VirtualLoop, shape: Shape | None
+    ) -> None:
+        self.mover, self.settings, self.profile, self.loop, self._shape = mover, settings, profile, loop, shape
+        self.phase = Phase("start")
+        self.pages: Pages | None = None
+        if settings.mode == "sparse" and settings.page_share:
+            submit: Any = loop.create_task
+            eviction, guess = by_name(EVICTION, settings.eviction_of_pages), by_name(GUESS, settings.guess)
+            share, ahead = settings.page_share, settings.prefetch_share
+            self.pages = Pages(mover, eviction, guess, share, ahead, Clock(loop), submit)
+        rates = (settings.read_rate, settings.scan_rate, settings.pick_seconds, settings.ssd_rate)
+        self._rates = Rates(*rates, settings.page_seconds)
+
+    async def read(self, part: Part, read: Read, mine: list[Part]) -> None:
+        """One attention of a layer. mine: all layers of the session, in order."""
+        mover, shape = self.mover, self.mover.shapes[part.layer]
+        mover.ledger.begin_pass(part.layer)
+        await asyncio.sleep(self.model_seconds(read.queries))
+        rows = read.heads // part.heads * read.queries
+        if self.settings.mode == "exact" or not read.found:
+            upcoming = (part, mine) if self.settings.mode == "exact" else None
+            await self.reading(all_ids(part.first, part.heads), upcoming, self._dense(shape, rows))
+            return
+        for found in read.found:
+            await self._sparse(part, found, shape, rows)
+            self.phase.mass += found.mass
+            self.phase.sparse_reads += 1
+        if self.pages is not None:
+            self._guess(self.pages, part, mine[(mine.index(part) + 1) % len(mine)])
+
+    # ------------------------------------------------------------------ sparse
+    async def _sparse(self, part: Part, found: Found, shape: BlockShape, rows: int) -> None:
+        s, size, geometry = self.settings, shape.tokens, shape.geometry
+        first, last = -(-s.sink_tokens // size), max(0, part.tokens - s.recent_tokens) // size
+        runs = np.arange(part.runs)
+        middle = (runs >= first) & (runs < last)
+        ids, dense = all_ids(part.first, part.heads), self._dense(shape, rows)
+        looked, flat = self._plan(part, found, shape, middle)
+        if looked.size:
+            await asyncio.sleep(self.profile.look)
+            await self.reading(ids[np.ix_(looked, np.flatnonzero(~middle))], None, dense)
+            numbers = float(middle.sum()) * size * geometry.k_dim * looked.size
+            await asyncio.sleep(numbers / self.profile.scan * 8 / max(8, s.index_bits))
+            blocks, offsets = self._wanted(part, found, set(looked.tolist()) - set(flat.tolist()), middle, size)
+            await asyncio.sleep(blocks.size * (self.profile.pick + geometry.row_bytes / self._attend(geometry)))
+            await self._picks(part, blocks, offsets * geometry.row_bytes, geometry)
+        if flat.size:
+            await self.reading(ids[flat], None, dense)
+
+    def _plan(
+        self, part: Part, found: Found, shape: BlockShape, middle: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
+        """Which heads look, and which read everything, as the engine's optimizer has it with these tiers.
+
+        A head that read everything when the run was recorded does so here: what it would find is not known.
+        """
+        g, size = shape.geometry, shape.tokens
+        window = float(np.count_nonzero(~middle)) * size * g.row_bytes
+        inner = np.array(part.first, np.int64)[middle]
+        cold = 1 - float(self.mover.ledger.readable(inner).mean()) if inner.size else 0.0
+        paged = self.pages is not None and PAGE % g.row_bytes == 0
+        step = Step(
+            part.runs * size * float(g.row_bytes), window, float(inner.size * size * g.k_dim), g.row_bytes,
+            shape.nbytes, inner.size, cold, self.pages.missed if paged and self.pages is not None else None,
+        )  # fmt: skip
+        target = self.settings.attention_target
+        target = None if target is None else target / len(self.mover.shapes)
+        look, _ = part.history.plan(step, self._rates, target, self.settings.most_selected)
+        sizes = np.full(part.heads, float(part.tokens))
+        for head, positions in zip(found.heads, found.positions, strict=True):
+            sizes[head] = positions.size
+        looked, dear = np.flatnonzero(look), np.zeros(part.heads, bool)
+        if looked.size:
+            dear[looked] = part.history.judge(sizes[looked], step, self._rates)
+        dear[list(found.flat)] = True
+        return looked, np.flatnonzero(dear | ~look)
+
+    def _wanted(
+        self, part: Part, found: Found, heads: set[int], middle: npt.NDArray[np.bool_], size: int
+    ) -> tuple[Ids, Ids]:
+        """Blocks of the keys that these heads found beyond the window, by head, and which row in it each is."""
+        blocks, offsets = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        first = np.array(part.first, np.int64)
+        for head, positions in zip(found.heads, found.positions, strict=True):
+            if head in heads:
+                run, offset = np.divmod(positions[positions < part.tokens], size)
+                inside = middle[run]
+                blocks.append(first[run[inside]] + head)
+                offsets.append(offset[inside])
+        return np.concatenate(blocks), np.concatenate(offsets)
+
+    async def _picks(self, part: Part, blocks: Ids, offsets: Ids, geometry: Geometry) -> None:
+        """What ``sparse._lists`` does: single pages of cold blocks where that can be, whole blocks where not.
+
+        blocks, offsets: of each key, and the byte in it where the key begins.
+        """
+        if not blocks.size:
+            return
+        paged, taken = np.zeros(blocks.size, bool), None
+        if self.pages is not None and PAGE % geometry.row_bytes == 0:
+            names = blocks * self.pages.per + offsets // PAGE
+            part.picked = np.unique(names)
+            paged = self.mover.pageable(blocks)
+            taken = self._take(self.pages, np.unique(names[paged]))
+        whole = np.unique(blocks if taken is None else blocks[~paged])
+        await self.reading(whole[None], None, nothing)
+        if taken is not None and self.pages is not None:
+            began = self.loop.now
+            if taken.reading:
+                await asyncio.wait(taken.reading)  # type: ignore[type-var]  # the tasks that ``submit`` made
+                await asyncio.sleep(self.profile.load)
+            self.phase.waited += self.loop.now - began
+            self.pages.give(taken)
+            self.unpin(np.unique(taken.pages // self.pages.per), used=False)
+
+    def _take(self, pages: Pages, names: Ids) -> Taken | None:
+        """What ``Picks.start`` does."""
+        if not names.size:
+            return None
+        blocks = np.unique(names // pages.per)
+        self.mover.ledger.pin(blocks)
+        taken = pages.take(names)
+        if taken is None:
+            self.mover.give_back(self.mover.ledger.unpin(blocks))
+            return None
+        self.phase.touched.waited += taken.late * PAGE
+        self.phase.touched.host += (names.size - taken.late) * PAGE
+        return taken
+
+    def _guess(self, pages: Pages, before: Part, after: Part) -> None:
+        """What ``picks.ahead`` does: read what the next layer may want, by what this one and its last step wanted."""
+        if not after.runs or before.picked is None or not (sources := pages.sources()):
+            return
+        engine: Any = SimpleNamespace(mover=self.mover)
+        state: Any = SimpleNamespace(shape=self.mover.shapes[after.layer])
+        row: Any = SimpleNamespace(runs=after.runs, first=np.array(after.first, np.int64))
+        here, last = before.picked, after.picked
+        pages.suggest(lambda: view_of(pages, engine, sources, state, row, here, last))
+
+    # ------------------------------------------------------------------ blocks
+    async def reading(self, ids: Ids, upcoming: tuple[Part, list[Part]] | None, seconds: Seconds) -> None:
+        """What Engine.reading and its caller do. ids: [heads, columns]; seconds: attention takes for so many blocks."""
+        if not ids.size:
+            return
+        mover, book = self.mover, self.mover.ledger
+        here = book.readable(ids).all(0)
+        resident = ids[:, here].ravel()
+        book.pin(resident)
+        self._count(resident)
+        cold = np.flatnonzero(~here)
+        batches = self._batches(ids, cold)
+        running: deque[tuple[Ids, asyncio.Task[None]]] = deque()
+        gate = asyncio.Lock()
+
+        def start() -> None:
+            while batches and len(running) < LOADS_AHEAD:
+                batch = batches.popleft()
+                sizes, ahead = mover.sizes(batch), book.ahead[batch]
+                self.phase.touched.ahead += int(sizes[ahead].sum())
+                self.phase.touched.waited += int(sizes[~ahead].sum())
+                running.append((batch, self.loop.create_task(mover.load(batch, gate))))
+
+        start()
+        if resident.size:
+            await asyncio.sleep(seconds(resident.size))
+        self.unpin(resident, used=True)
+        while running:
+            batch, task = running[0]
+            began = self.loop.now
+            await task
+            await asyncio.sleep(self.profile.load)
+            self.phase.waited += self.loop.now - began
+            running.popleft()
+            start()
+            if not batches and upcoming is not None:
+                self._read_ahead(*upcoming)
+            await asyncio.sleep(seconds(batch.size))
+            self.unpin(batch, used=True)
+        if not cold.size and upcoming is not None:
+            self._read_ahead(*upcoming)
+
+    def _batches(self, ids: Ids, columns: npt.NDArray[np.intp]) -> deque[Ids]:
+        """The cold columns in the batches that Engine loads."""
+        host = self.mover.host
+        column_bytes = ids.shape[0] * host.slot_bytes
+        most = max(1, min(self.settings.batch_bytes, host.capacity * host.slot_bytes // 4) // column_bytes)
+        return deque(ids[:, columns[i : i + most]].ravel() for i in range(0, columns.size, most))
+
+    def _count(self, ids: Ids) -> None:
+        book = self.mover.ledger
+        nbytes = self.mover.shapes[int(book.layer[ids[0]])].nbytes if ids.size else 0
+        device, ahead = int(np.count_nonzero(book.device[ids] >= 0)), int(np.count_nonzero(book.ahead[ids]))
+        touched = self.phase.touched
+        touched.device += device * nbytes
+        touched.ahead += ahead * nbytes
+        touched.host += (ids.size - device - ahead) * nbytes
+
+    def unpin(self, ids: Ids, *, used: bool) -> None:
+        """They are read no longer."""
+        mover = self.mover
+        if used:
+            mover.ledger.touch(ids)
+        mover.give_back(mover.ledger.unpin(ids))
+        if mover.waited_for:
+            mover.changed()
+
+    def _read_ahead(self, part: Part, mine: list[Part]) -> None:
+        """What Engine.read_ahead does: the layers after this one, in the order exact attention reads them."""
+        mover = self.mover
+        if not mover.may_read_ahead():
+            return
+        room, found = int(self.settings.prefetch_share * mover.host.capacity), []
+        after = mine.index(part) + 1
+        for other in mine[after:] + mine[:after]:
+            flat = all_ids(other.first, other.heads).T.ravel()
+            flat = flat[~mover.ledger.readable(flat) & ~mover.ledger.coming(flat)]
+            found.append(flat[:room])
+            room -= found[-1].size
+            if room <= 0:
+                break
+        if found and (cold := np.concatenate(found)).size:
+            mover.kick_reader(cold)
+
+    # ------------------------------------------------------------------ seconds
+    def _attend(self, geometry: Geometry) -> float:
+        return self.profile.attend_rate(DTYPES[str(geometry.dtype)], geometry.k_dim)
+
+    def _dense(self, shape: BlockShape, rows: int) -> Seconds:
+        """Seconds of exact attention of ``rows`` queries a kv head, by number of blocks."""
+        tokens, geometry = shape.tokens, shape.geometry
+        block = tokens * geometry.row_bytes / self._attend(geometry)
+        if rows > FEW_ROWS:
+            block = 2 * rows * tokens * geometry.width / self.profile.flops
+        return lambda blocks: blocks * block
+
+    def model_seconds(self, queries: int) -> float:
+        """One layer of a forward of so many tokens, without attention."""
+        shape = self._shape
+        if shape is None:
+            return self.profile.layer
+        numbers = (shape.weights + shape.hidden * shape.vocab) / shape.layers
+        weights = numbers * shape.number_bytes / self.profile.weights
+        return self.profile.layer + max(weights, 2 * numbers * queries / self.profile.flops)
