@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 
 from alaya_tiers.config import Settings
-from alaya_tiers.errors import ConfigError
+from alaya_tiers.errors import ConfigError, TraceError
 from alaya_tiers.tools import load, loadsteps
-from alaya_tiers.tools.recorded import Read
+from alaya_tiers.tools.profile import TYPICAL
+from alaya_tiers.tools.recorded import Read, Skip, Skipped, open_recording
 from alaya_tiers.tools.repeat import repeated
+from alaya_tiers.tools.replay import Replay
 from alaya_tiers.tools.shapes import NAMED, Shape
 from alaya_tiers.tools.traces import Request
 from tests.test_cli import call
+from tests.test_record import HEAD, OWN, READ, SHAPE
 
 SMALL = Shape("small", 2, 64, 4, 2, 32, 128, 100)
 
@@ -163,6 +166,42 @@ def test_described_steps_are_replayed(tmp_path: Path) -> None:
     assert (decode["phase"], decode["steps"]) == ("decode", 12)
     assert 0 < decode["hit_rate"] <= 1
     assert json.loads(call(*words, "--sweep", "device-budget=32MiB").stdout)["runs"] == report["runs"]
+
+
+def test_a_sample_of_the_steps_says_what_all_of_them_take(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(STEPS.replace("steps = 12", "steps = 300"))
+    settings = Settings(mode="sparse", index_budget=None, device_budget=1 << 20, host_budget=1 << 20, block_tokens=64)
+    made = loadsteps.recording(load.read(tmp_path / "s.toml"), SMALL, settings, 0)
+    whole = Replay(made, settings, TYPICAL).run()[-1]
+    some = Replay(made, settings, TYPICAL, sample=0.2).run()[-1]
+    assert whole.confidence is None
+    assert len(whole.steps) == some.as_dict()["steps"] == some.tokens == 300
+    assert len(some.steps) < 100
+    assert some.confidence is not None
+    assert abs(np.mean(some.steps) - np.mean(whole.steps)) < 3 * some.confidence
+    assert some.seconds == pytest.approx(whole.seconds, rel=0.1)
+    assert some.hit_rate == pytest.approx(whole.hit_rate, abs=0.05)
+    assert some.read_bytes == pytest.approx(whole.read_bytes, rel=0.25)
+    assert 0 < whole.hit_rate < 1
+    with pytest.raises(ConfigError, match="share of the steps"):
+        Replay(made, settings, TYPICAL, sample=0)
+
+
+def test_steps_of_a_file_are_passed_over_without_being_read(tmp_path: Path) -> None:
+    lines = [HEAD, SHAPE, OWN, '{"put": [0, 9, 1], "t": 1.5}', READ]
+    for step in range(6):
+        lines += ['{"put": [0, 1, 1], "t": 1.5}', '{"read": [oh' if step in (2, 3) else READ]
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(f"{line}\n" for line in lines))
+    skip, got = Skip(), list[object]()
+    for event in open_recording(path).events(skip):
+        got.append(event)
+        if isinstance(event, Read) and sum(isinstance(e, Read) for e in got) == 3:
+            skip.steps = 2
+    assert [e for e in got if isinstance(e, Skipped)] == [Skipped(2, ((0, 2),))]
+    assert len([e for e in got if isinstance(e, Read)]) == 5
+    with pytest.raises(TraceError, match="line 11"):
+        list(open_recording(path).events())
 
 
 # ---------------------------------------------------------------------- longer traces

@@ -11,7 +11,20 @@ from alaya_tiers.blocks import Geometry
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.tools.load import Load, Steps
-from alaya_tiers.tools.recorded import Built, Event, Found, Layer, Mark, Own, Positions, Put, Read, Recording
+from alaya_tiers.tools.recorded import (
+    Built,
+    Event,
+    Found,
+    Layer,
+    Mark,
+    Own,
+    Positions,
+    Put,
+    Read,
+    Recording,
+    Skip,
+    Skipped,
+)
 from alaya_tiers.tools.shapes import Shape
 
 NUMBERS = {2: torch.bfloat16, 4: torch.float32}
@@ -24,17 +37,18 @@ class Head:
         self._steps, self._chance = steps, chance
         self._rng: np.random.Generator = np.random.Generator(np.random.PCG64(chance.getrandbits(63)))
         self._size = min(steps.found.whole(chance, 0), max(0, tokens // 2))
+        self.age = 1
         self._runs = self._new(-(-self._size // max(1, round(steps.run))), tokens)
 
     def _new(self, n: int, tokens: int) -> npt.NDArray[np.int64]:
         return self._rng.integers(0, max(1, tokens), n)
 
     def found(self, tokens: int) -> Positions:
-        """What it finds now, ascending; then it drifts."""
+        """What it finds now, ascending, after it drifted for ``age`` steps."""
+        moved = self._rng.random(self._runs.size) < 1 - (1 - self._steps.drift) ** self.age
+        self._runs[moved], self.age = self._new(int(moved.sum()), tokens), 1
         width = np.arange(max(1, round(self._steps.run)))
         positions = np.unique((self._runs[:, None] + width).ravel())
-        moved = self._rng.random(self._runs.size) < self._steps.drift
-        self._runs[moved] = self._new(int(moved.sum()), tokens)
         return positions[positions < tokens][: self._size]
 
 
@@ -43,10 +57,10 @@ def recording(load: Load, shape: Shape, settings: Settings, seed: int) -> Record
     steps = load.steps
     if steps is None:
         raise ConfigError(f"{load.path} describes requests, not steps: it has no [steps]")
-    return Recording(load.path, settings, shape, "described", lambda: _events(steps, shape, settings, seed))
+    return Recording(load.path, settings, shape, "described", lambda skip: _events(steps, shape, settings, seed, skip))
 
 
-def _events(steps: Steps, shape: Shape, settings: Settings, seed: int) -> Iterator[Event]:
+def _events(steps: Steps, shape: Shape, settings: Settings, seed: int, skip: Skip) -> Iterator[Event]:
     layers, heads = steps.layers or shape.layers, shape.kv_heads
     geometry = Geometry(heads, shape.head_dim, shape.head_dim, NUMBERS[shape.number_bytes])
     for layer in range(layers):
@@ -65,7 +79,15 @@ def _events(steps: Steps, shape: Shape, settings: Settings, seed: int) -> Iterat
         for layer in range(layers)
     ]
     window = settings.sink_tokens + settings.recent_tokens
-    for step in range(steps.steps):
+    step = -1
+    while (step := step + 1) < steps.steps:
+        if passed := min(skip.steps, steps.steps - step):
+            skip.steps, step = 0, step + passed
+            for head in (head for row in finders for head in row):
+                head.age += passed
+            yield Skipped(passed, tuple((layer, passed) for layer in range(layers)))
+            if step == steps.steps:
+                return
         tokens = steps.context + step + 1
         for layer in range(layers):
             yield Put(layer, 1, 1, 0.0)

@@ -117,7 +117,21 @@ class Asked(NamedTuple):
     time: float
 
 
-Event = Layer | Own | Fork | Put | Cut | Built | Read | Mark | Asked
+class Skipped(NamedTuple):
+    """Steps that were asked not to be told. puts: (x, tokens) that they added."""
+
+    steps: int
+    puts: tuple[tuple[int, int], ...]
+
+
+@dataclass(slots=True)
+class Skip:
+    """How many steps of single tokens are to be passed over next, set by whoever reads the events."""
+
+    steps: int = 0
+
+
+Event = Skipped | Layer | Own | Fork | Put | Cut | Built | Read | Mark | Asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +143,15 @@ class Recording:
     settings: Settings
     shape: Shape | None
     version: str
-    made: Callable[[], Iterator[Event]] | None = None
+    made: Callable[[Skip], Iterator[Event]] | None = None
 
-    def events(self) -> Iterator[Event]:
-        """Everything that happened, in order. Raises TraceError when it meets what is wrong."""
-        return _events(self.path) if self.made is None else self.made()
+    def events(self, skip: Skip | None = None) -> Iterator[Event]:
+        """Everything that happened, in order. skip: steps to pass over, without looking at what they read.
+
+        Raises TraceError when it meets what is wrong.
+        """
+        skip = skip or Skip()
+        return _events(self.path, skip) if self.made is None else self.made(skip)
 
 
 def is_recording(path: Path) -> bool:
@@ -171,6 +189,36 @@ def _lines(path: Path) -> Iterator[Iterator[str]]:
         raise TraceError(str(path), None, f"cannot be read to its end ({error})") from error
 
 
+SINGLE, PASSED = '{"put": [', ('{"found": [', '{"read": [', '{"put": [')
+
+
+class _Passed:
+    """Lines of whole steps, counted but not read: a step begins where the first layer gets a token again."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self._most, self._counts = 0, steps, dict[str, int]()
+
+    def takes(self, line: str) -> bool:
+        """Whether the line is of one of the steps that are passed over."""
+        if not line.startswith(PASSED) or not line.endswith("\n"):
+            return False
+        if line.startswith(SINGLE):
+            x, _, rest = line[len(SINGLE) :].partition(",")
+            if not rest.startswith(" 1, 1]"):
+                return False
+            first = next(iter(self._counts), x)
+            if x == first:
+                if self.steps == self._most:
+                    return False
+                self.steps += 1
+            self._counts[x] = self._counts.get(x, 0) + 1
+        return True
+
+    def puts(self) -> Iterator[tuple[int, int]]:
+        """What the layers got."""
+        return ((int(x), n) for x, n in self._counts.items())
+
+
 @dataclass(slots=True)
 class _State:
     """What lines before said: for checks."""
@@ -182,11 +230,21 @@ class _State:
     reads: int = 0
 
 
-def _events(path: Path) -> Iterator[Event]:
+def _events(path: Path, skip: Skip) -> Iterator[Event]:
     state, number = _State(), 1
     with _lines(path) as lines:
         next(lines, None)
-        for number, line in enumerate(lines, 2):
+        numbered = enumerate(lines, 2)
+        for number, line in numbered:
+            if skip.steps and line.startswith(SINGLE):
+                passed = _Passed(skip.steps)
+                skip.steps = 0
+                while line and passed.takes(line):
+                    number, line = next(numbered, (number, ""))
+                if passed.steps:
+                    yield Skipped(passed.steps, tuple(passed.puts()))
+                if not line:
+                    break
             try:
                 if not line.endswith("\n"):
                     raise ValueError("the line is cut off: was the run stopped? Remove it to use what is before")

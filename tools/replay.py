@@ -26,16 +26,31 @@ from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Event, Own, Put, Read, Recording
 from alaya_tiers.tools.virtual import VirtualLoop
 
+STRETCH = 8
+"""Steps in a row that are replayed, of a sample."""
+
+WARM = 3
+"""Steps before these that are replayed and not counted."""
+
 
 class Replay:
     """One recording on one machine with some settings. ``run`` once.
 
-    probe: told (seconds, bytes by tier) after every step, for pictures.
+    sample: replay only this share of the steps of single tokens, in stretches; times and bytes of a phase are reckoned
+    from these. probe: told (seconds, bytes by tier) after every step, for pictures.
     """
 
-    def __init__(self, recording: Recording, settings: Settings, profile: Profile, probe: Any = None) -> None:
+    def __init__(
+        self, recording: Recording, settings: Settings, profile: Profile, probe: Any = None, sample: float = 1.0
+    ) -> None:
         if settings.mode == "sparse" and recording.settings.mode != "sparse":
             raise ConfigError("the trace was recorded in exact mode: it does not say what sparse attention would read")
+        if not 0 < sample <= 1:
+            raise ConfigError(f"the share of the steps that are replayed is above 0 and at most 1, got {sample!r}")
+        self._period = round(STRETCH / sample) - STRETCH if sample < 1 else 0
+        self._skip, self._stretch, self._warm = recorded.Skip(), 0, 0
+        self._aside, self._scaled = Phase("warm"), 0
+        self._aside_bytes = self._aside_from = 0
         self.recording, self.settings, self.profile, self.probe = recording, settings, profile, probe
         self.loop = VirtualLoop()
         self.phases: list[Phase] = []
@@ -49,7 +64,7 @@ class Replay:
 
     def run(self) -> list[Phase]:
         """The phases that had something in them. Raises TraceError, BudgetTooSmall, ConfigError."""
-        virtual.run(self.loop, self._play(self.recording.events()))
+        virtual.run(self.loop, self._play(self.recording.events(self._skip)))
         return [phase for phase in self.phases if phase.touched.total or phase.written_bytes]
 
     @property
@@ -84,6 +99,8 @@ class Replay:
                     await self._built(self.parts[event.x])
                 case Read():
                     await self._read(self.parts[event.x], event)
+                case recorded.Skipped():
+                    await self._pass_over(event)
                 case recorded.Mark():
                     self._end_phase(event.name)
         self._end_phase("")
@@ -102,11 +119,21 @@ class Replay:
 
     def _end_phase(self, name: str) -> None:
         phase = self._phase
+        if self._warm:
+            self._warmed()
         phase.seconds = self.loop.now - self._mark
+        self._stretch = 0
         if self._attending is not None:
             traffic = self.mover.traffic
-            phase.read_bytes = traffic.read_bytes - sum(p.read_bytes for p in self.phases)
+            phase.read_bytes = traffic.read_bytes + self._scaled - sum(p.read_bytes for p in self.phases)
             phase.written_bytes = traffic.written_bytes - sum(p.written_bytes for p in self.phases)
+            if phase.skipped and phase.steps:  # of all steps, as of those that were replayed
+                replayed, seconds = max(0, phase.read_bytes - self._aside_bytes), sum(phase.steps)
+                self._scaled += (extra := int(replayed / phase.share) - phase.read_bytes)
+                phase.read_bytes += extra
+                phase.seconds += seconds / phase.share - seconds - sum(self._aside.steps)
+            self._aside_bytes = 0
+            self._aside.steps.clear()
         self.phases.append(phase)
         self._phase, self._mark = Phase(name), self.loop.now
         if self._attending is not None:
@@ -230,12 +257,46 @@ class Replay:
             if not book.readable(ids).all():
                 await self.attending.reading(ids, None, nothing)
 
+    # ------------------------------------------------------------------ sampling
+    def _step_ended(self, seconds: float) -> None:
+        (self._aside if self._warm else self._phase).steps.append(seconds)
+        if not self._period:
+            return
+        if self._warm:
+            self._warm -= 1
+            if not self._warm:
+                self._warmed()
+            return
+        if not self._stretch:
+            self._phase.stretches.append(len(self._phase.steps) - 1)
+        self._stretch += 1
+        if self._stretch == STRETCH:
+            self._stretch, self._skip.steps = 0, self._period
+
+    async def _pass_over(self, skipped: recorded.Skipped) -> None:
+        """The tokens of steps that are not replayed; the first of those after them only bring the tiers up to date."""
+        for x, tokens in skipped.puts:
+            await self._append(self.parts[x], tokens)
+        self._phase.skipped += skipped.steps
+        self._phase.tokens += skipped.steps
+        if not self._warm:
+            self._aside_from = self.mover.traffic.read_bytes
+        self._warm = WARM
+        self.attending.phase = self._aside
+
+    def _warmed(self) -> None:
+        self._aside_bytes += self.mover.traffic.read_bytes - self._aside_from
+        self._phase.skipped += WARM - self._warm
+        self._warm = 0
+        self.attending.phase = self._phase
+
     # ------------------------------------------------------------------ reading
     async def _read(self, part: Part, read: Read) -> None:
         mine = sorted((p for p in self.parts.values() if p.session == part.session), key=lambda p: p.layer)
         await self.attending.read(part, read, mine)
         if read.queries == 1 and part is mine[-1]:
-            self._phase.steps.append(self.loop.now - self._began + self.profile.step)
+            await asyncio.sleep(self.profile.step)
+            self._step_ended(self.loop.now - self._began)
         if self.probe is not None:
             self.probe(self, part, read)
 

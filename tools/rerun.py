@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from alaya_tiers.config import Settings, format_bytes, parse_bytes
 from alaya_tiers.errors import BudgetTooSmall, ConfigError, OutOfSpace
-from alaya_tiers.policies import EVICTION, PREFETCH
+from alaya_tiers.policies import EVICTION, GUESS, PREFETCH
 from alaya_tiers.tools.phases import Phase
 from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Recording
@@ -21,8 +22,8 @@ from alaya_tiers.tools.replay import Replay
 
 SIZES = ("device_budget", "host_budget", "ssd_budget", "batch_bytes")
 NUMBERS = ("block_tokens", "segment_tokens", "recent_tokens", "sink_tokens", "io_threads")
-SHARES = ("dirty_limit", "prefetch_share")
-NAMES: dict[str, Mapping[str, Any]] = {"eviction": EVICTION, "prefetch": PREFETCH}
+SHARES = ("dirty_limit", "prefetch_share", "page_share", "page_seconds")
+NAMES: dict[str, Mapping[str, Any]] = {"eviction": EVICTION, "prefetch": PREFETCH, "guess": GUESS}
 KNOWN = (*SIZES, *NUMBERS, *SHARES, *NAMES)
 
 
@@ -77,13 +78,13 @@ def sweeps(words: str | None) -> dict[str, list[Any]]:
     return found
 
 
-def rerun(recording: Recording, known: Profile, spread: dict[str, list[Any]]) -> list[Run]:
+def rerun(recording: Recording, known: Profile, spread: dict[str, list[Any]], sample: float = 1.0) -> list[Run]:
     """Every combination of the settings given. Raises TraceError, ConfigError."""
     runs = []
     for values in itertools.product(*spread.values()):
         changes = dict(zip(spread, values, strict=True))
         settings = recording.settings.replace(**changes)
-        replay = Replay(recording, settings, known)
+        replay = Replay(recording, settings, known, sample=sample)
         try:
             runs.append(Run(changes, settings, replay.run(), replay.index_bytes))
         except (BudgetTooSmall, OutOfSpace) as error:
@@ -93,11 +94,13 @@ def rerun(recording: Recording, known: Profile, spread: dict[str, list[Any]]) ->
     return runs
 
 
-def report(recording: Recording, known: Profile, spread: dict[str, list[Any]], *, as_json: bool) -> None:
+def report(
+    recording: Recording, known: Profile, spread: dict[str, list[Any]], *, as_json: bool, sample: float = 1.0
+) -> None:
     """Replay and print. Raises TraceError, ConfigError."""
     began = time.perf_counter()
     with Console(stderr=True).status("replaying"):
-        runs = rerun(recording, known, spread)
+        runs = rerun(recording, known, spread, sample)
     wall = time.perf_counter() - began
     seconds = sum(phase.seconds for run in runs for phase in run.phases)
     if as_json:
@@ -107,7 +110,14 @@ def report(recording: Recording, known: Profile, spread: dict[str, list[Any]], *
         return
     out = Console()
     out.print(table(runs))
-    out.print(f"\n{len(runs)} runs, {seconds:,.1f} s of time in {wall:,.1f} s", style="dim")
+    words = f"{seconds:,.1f} s of time in {wall:,.1f} s: {seconds / wall:,.1f} times real time"
+    out.print(f"\n{len(runs)} runs, {words}", style="dim")
+    for run in runs:
+        for phase in run.phases:
+            if (sure := phase.confidence) is not None:
+                told = f"{np.mean(phase.steps) * 1e3:,.2f} ± {sure * 1e3:,.2f} ms"
+                words = f"{phase.name}: a step takes {told} (mean, 95 %), of {phase.share:.1%} of the steps"
+                out.print(words, style="dim")
 
 
 def table(runs: list[Run]) -> Table:

@@ -154,6 +154,9 @@ def command(
     slack: Annotated[float, typer.Option(help="Share of a full tier that is freed at once.")] = 0.01,
     seed: Annotated[int, typer.Option(help="Of everything that is left to chance.")] = 0,
     repeat: Annotated[int, typer.Option(min=1, help="The trace so many times, each a little different.")] = 1,
+    sample: Annotated[
+        float, typer.Option(help="Of recorded or described steps, replay this share, in stretches; e.g. 0.01.")
+    ] = 1.0,
     limit: Annotated[int | None, typer.Option(min=1, help="Only so many requests.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help=f"Only {QUICK} requests.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
@@ -176,7 +179,8 @@ def command(
         chosen = {"eviction": [rerun.setting("eviction", name) for name in listed]} if listed else {}
         usual = Settings(mode="sparse", index_budget=None)
         found = open_recording(traces[0]) if spec is None else loadsteps.recording(spec, shape_of(model), usual, seed)
-        rerun.report(found, known or profile.TYPICAL, chosen | fixed | rerun.sweeps(sweep), as_json=as_json)
+        spread = chosen | fixed | rerun.sweeps(sweep)
+        rerun.report(found, known or profile.TYPICAL, spread, as_json=as_json, sample=sample)
         return
     given = {
         "device_memory": device_memory, "host_memory": host_memory, "ssd": ssd, "ssd_read": ssd_read,

@@ -75,11 +75,14 @@ class Case:
     eviction: str = "scan"
     prefetch: str = "next"
     fitted: bool = False
+    pages: float = 0.0
+    guess: str = "none"
 
     @property
     def name(self) -> str:
         """Short, for tables."""
-        return f"{self.host:g} of KV, {self.block_tokens}, {self.eviction}, {self.prefetch}"
+        ahead = f"pages, {self.guess}" if self.pages else self.prefetch
+        return f"{self.host:g} of KV, {self.block_tokens}, {self.eviction}, {ahead}"
 
     def settings(self, workload: Workload) -> dict[str, Any]:
         """Of a cache."""
@@ -92,7 +95,8 @@ class Case:
             "eviction": self.eviction,
             "prefetch": self.prefetch,
             "index_budget": None,
-            "page_share": 0.0,
+            "page_share": self.pages,
+            "guess": self.guess,
         }
 
 
@@ -114,6 +118,11 @@ CASES = (
     Case(SPARSE, 0.25, 128, "lru"),
     Case(SPARSE, 0.5, 256, "scan"),
     Case(SPARSE, 0.25, 512, "lru"),
+    Case(SPARSE, 0.25, 256, "lru", pages=0.75, fitted=True),
+    Case(SPARSE, 0.5, 256, "lru", pages=0.75),
+    Case(SPARSE, 0.125, 256, "s3fifo", pages=0.75),
+    Case(SPARSE, 0.25, 128, "lru", pages=0.5, guess="last"),
+    Case(SPARSE, 0.25, 256, "heat", pages=0.75, guess="confident"),
     Case(PROMPT, 0.5, 256, "lru", "none"),
     Case(PROMPT, 0.125, 128),
     Case(PROMPT, 1.0, 512),
@@ -277,7 +286,7 @@ def command(
     only: Annotated[str | None, typer.Option(help="Workloads whose name has this in it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
 ) -> None:
-    """Runs the engine in 20 configurations, the simulation beside it, and reports the errors. Takes a minute or two."""
+    """Runs the engine in 25 configurations, the simulation beside it, and reports the errors. Takes a minute or two."""
     known = profile.load(profile_file)
     cases = tuple(case for case in CASES if only is None or only in case.workload.name)
     if not cases:
