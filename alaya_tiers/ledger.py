@@ -23,6 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from alaya_tiers.fading import Fading
+
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 Slots = npt.NDArray[np.int32]
@@ -48,6 +50,9 @@ _FIELDS: dict[str, tuple[type, int]] = {
     "ahead": (np.bool_, 0),
     "code": (np.int32, NOWHERE),
     "paged": (np.bool_, 0),
+    "uses": (np.int32, 0),
+    "heat": (np.float32, 0),
+    "returned": (np.bool_, 0),
 }
 
 
@@ -87,6 +92,12 @@ class Ledger:
     """Slot of the block's codes, NOWHERE until they are made, UNCODABLE when they cannot be."""
     paged: Mask
     """Single pages of it were read, and may still be in memory."""
+    uses: npt.NDArray[np.int32]
+    """Attentions that read it since it came to the tier it is in."""
+    heat: npt.NDArray[np.float32]
+    """All attentions that read it, older ones counting less, see ``Fading``."""
+    returned: Mask
+    """Whether its host copy was dropped before."""
 
     def __init__(self) -> None:
         for name, (dtype, default) in _FIELDS.items():
@@ -99,6 +110,7 @@ class Ledger:
         self.tick = 0
         self.pass_tick = 0
         self.cursor = 0
+        self._fading, self._layers = Fading(), 1
 
     # ------------------------------------------------------------------ life of a block
     def opened(self, layer: int, stream: int, start: int, slots: Slots) -> int:
@@ -171,7 +183,7 @@ class Ledger:
         assert self.sealed[ids].all(), "an open block was demoted"
         freed = self.device[ids]
         self.moves += 1
-        self.device[ids], self.host[ids] = NOWHERE, slots
+        self.device[ids], self.host[ids], self.uses[ids] = NOWHERE, slots, 0
         if landing:
             assert (self.busy[ids] == IDLE).all()
             self.busy[ids] = LANDING
@@ -202,7 +214,7 @@ class Ledger:
     def fetching(self, ids: Ids, slots: Slots, *, ahead: bool = False) -> None:
         """A read of cold blocks into host ``slots`` has started, ahead of need or not."""
         assert ((self.busy[ids] == IDLE) & (self.host[ids] < 0) & (self.file[ids] >= 0)).all()
-        self.busy[ids], self.host[ids], self.ahead[ids] = FETCHING, slots, ahead
+        self.busy[ids], self.host[ids], self.ahead[ids], self.uses[ids] = FETCHING, slots, ahead, 0
 
     def fetched(self, ids: Ids) -> Freed:
         """The read is complete and verified. It does not count as a use of the present pass: attention is to come."""
@@ -221,7 +233,7 @@ class Ledger:
         assert self.droppable(ids).all(), "a block was dropped that is dirty, pinned or busy"
         slots = self.host[ids]
         self.moves += 1
-        self.host[ids], self.ahead[ids] = NOWHERE, False
+        self.host[ids], self.ahead[ids], self.returned[ids] = NOWHERE, False, True
         return slots
 
     # ------------------------------------------------------------------ codes
@@ -245,11 +257,13 @@ class Ledger:
     def begin_pass(self, layer: int) -> None:
         """Attention of ``layer`` starts: what is used from here on was used in this pass."""
         self.tick += 1
-        self.pass_tick, self.cursor = self.tick, layer
+        self.pass_tick, self.cursor, self._layers = self.tick, layer, max(self._layers, layer + 1)
 
     def touch(self, ids: Ids) -> None:
         """The blocks were attended."""
         self.used[ids], self.ahead[ids] = self.tick, False
+        self.uses[ids] += 1
+        self.heat[ids] += self._fading.worth(self.heat, self.tick, self._layers)
 
     # ------------------------------------------------------------------ facts
     def readable(self, ids: Ids) -> Mask:

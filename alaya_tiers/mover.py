@@ -711,8 +711,10 @@ class Mover:
 
     def _view(self, ids: Ids) -> EvictionView:
         book = self.ledger
-        layers = len(self.shapes)
-        return EvictionView(ids, book.layer[ids], book.start[ids], book.used[ids], book.cursor, book.pass_tick, layers)
+        return EvictionView(
+            ids, book.layer[ids], book.start[ids], book.used[ids], book.cursor, book.pass_tick, len(self.shapes),
+            book.uses[ids].astype(np.int64), book.heat[ids].astype(np.float64), book.returned[ids], self.sizes(ids),
+        )  # fmt: skip
 
     def sizes(self, ids: Ids) -> "np.ndarray[Any, np.dtype[np.int64]]":
         """Bytes of each block, int64."""

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from alaya_tiers.blocks import PAGE
 from alaya_tiers.errors import AlayaError, SessionClosed
+from alaya_tiers.fading import Fading
 from alaya_tiers.ledger import Ids
 from alaya_tiers.mover import Mover
 from alaya_tiers.policies import SOURCES, EvictionPolicy, EvictionView, Guess, GuessPolicy, GuessView
@@ -46,9 +47,6 @@ LATELY = 64
 
 KNOWN = 64
 """Guesses of a source after which its precision is believed."""
-
-HALF_LIFE = 16.0
-"""Steps after which a use counts half as much."""
 
 
 @dataclass(slots=True)
@@ -94,8 +92,8 @@ class Pages:
         self._unproved = 0  # how many of these
         self._returned = np.zeros(n, bool)
         self._slot = np.empty(0, np.int32)  # of each page of each block, by name
-        self._heat = np.empty(0, np.float32)  # the same: uses, each worth 2 ** (ticks / half life) more than the last
-        self._epoch = 0
+        self._heat = np.empty(0, np.float32)  # the same: uses, fading
+        self._fading = Fading()
         self._batches: dict[int, Future[None]] = {}
         self._batch = np.zeros(n, np.int64)
         self._next_batch = self._turn = 0
@@ -141,7 +139,7 @@ class Pages:
         """The pages are read no longer. The lock is held."""
         self._uses[taken.slots] += 1
         self._used[taken.slots] = self._mover.ledger.tick
-        self._heat[taken.pages] += self._warmth()
+        self._heat[taken.pages] += self._fading.worth(self._heat, self._mover.ledger.tick, len(self._mover.shapes))
         self._let_go(taken.slots)
 
     # ------------------------------------------------------------------ what others want
@@ -316,15 +314,6 @@ class Pages:
         use.in_time += ready.size
         self._unproved -= int(np.count_nonzero(source))
         self._source[slots] = 0
-
-    def _warmth(self) -> float:
-        """What a use counts now; all that was counted is scaled down before it grows beyond measure."""
-        half = HALF_LIFE * max(1, len(self._mover.shapes))
-        power = (self._mover.ledger.tick - self._epoch) / half
-        if power > 60:
-            self._heat *= np.float32(2.0**-power)
-            self._epoch, power = self._mover.ledger.tick, 0.0
-        return float(2.0**power)
 
     def _room(self, n: int) -> Slots | None:
         """``n`` free slots: there already, of new frames, of evicted pages; None when there are not enough."""

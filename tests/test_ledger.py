@@ -381,3 +381,41 @@ def test_nothing_freed_is_nothing() -> None:
     book.pin(ids)
     assert book.release(ids) is NOTHING
     assert book.unpin(ids).device.tolist() == [0, 1]
+
+
+def test_what_attention_reads_counts_and_fades() -> None:
+    """Two layers, a pass of each a step: 16 steps later a use counts half."""
+    book = Ledger()
+    old, new = one(book), one(book, first_slot=2)
+    book.begin_pass(1)
+    book.touch(old)
+    for _ in range(31):
+        book.begin_pass(0)
+    book.begin_pass(1)
+    book.touch(new)
+    assert book.heat[new] == pytest.approx(2 * book.heat[old])
+    before = book.heat[new] / book.heat[old]
+    for _ in range(100 * 32):
+        book.begin_pass(0)
+    third = one(book, first_slot=4)
+    book.touch(third)
+    assert book.heat.max() == book.heat[third].max() < 1e30, "all counts were scaled before they grew too large"
+    assert book.heat[new] / book.heat[old] == pytest.approx(before)
+
+
+def test_uses_are_counted_since_it_came() -> None:
+    book = Ledger()
+    ids = one(book)
+    book.seal(ids)
+    book.touch(ids)
+    book.demoted(ids, array([0, 1], np.int32))
+    assert (book.uses[ids].tolist(), book.returned[ids].tolist()) == ([0, 0], [False, False])
+    book.touch(ids[:1])
+    book.writing(ids, array([0, 0], np.int32), array([0, 4096]))
+    book.written(ids, array([1, 2], np.uint64))
+    book.dropped(ids)
+    book.fetching(ids, array([2, 3], np.int32))
+    book.fetched(ids)
+    book.touch(ids)
+    assert (book.uses[ids].tolist(), book.returned[ids].tolist()) == ([1, 1], [True, True])
+    assert book.heat[ids[0]] == 1.5 * book.heat[ids[1]]
