@@ -3,7 +3,9 @@
 import json
 import random
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +18,36 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.repair import examine
 from alaya_tiers.seams import SystemDisk
 from alaya_tiers.tiers.zarr_format import FORMAT
+from alaya_tiers.tools import carry
+from alaya_tiers.tools.cli import CANCELLED
 from tests.golden import DTYPES, FOLDER, LAYERS, MODEL, SETTINGS, TEXTS, bits, kv, who
 from tests.test_cli import call
 
 GOLDEN = FOLDER / f"format-{FORMAT}"
+
+
+def test_an_import_that_was_cut_off_goes_on(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had kept is not written again."""
+    text, file, other = TEXTS["float32"][0], tmp_path / "context.st", tmp_path / "other"
+    assert call("export", str(store), name_of(store, "float32", text.size), str(file)).exit_code == 0
+    chunks = carry.chunks
+
+    def torn(*arguments: Any) -> Iterator[Any]:
+        for n, chunk in enumerate(chunks(*arguments)):
+            if n == 1:
+                raise KeyboardInterrupt
+            yield chunk
+
+    with monkeypatch.context() as patch:
+        patch.setattr(carry, "chunks", torn)
+        stopped = call("import", str(other), str(file), "--keep-every", "16")
+        assert stopped.exit_code == CANCELLED
+    kept = load_manifest(SystemDisk(), str(other))
+    assert [c.tokens for c in kept.contexts.values()] == [16]
+    assert call("import", str(other), str(file), "--keep-every", "16").exit_code == 0
+    whole = load_manifest(SystemDisk(), str(other))
+    assert text.size in [c.tokens for c in whole.contexts.values()]
+    assert whole.files.items() >= kept.files.items(), "it was written again"
 
 
 @pytest.fixture

@@ -35,6 +35,8 @@ from alaya_tiers.tools.fsck import progress
 from alaya_tiers.tools.stored import Directory
 
 FORMAT = "alaya-context-1"
+KEEP_EVERY = 1 << 16
+"""Tokens that an import that is cut off has to do again, at most."""
 CODES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 Name = Annotated[str, typer.Argument(help="A context: its id, or the first characters of it, as ls shows them.")]
 
@@ -60,11 +62,15 @@ def import_(
     tenant: Annotated[
         str, typer.Option(envvar="ALAYA_TIERS_TENANT", help="Whose it will be.", show_default=False)
     ] = "",
+    keep_every: Annotated[
+        int, typer.Option(min=0, help="Tokens after which what is there is kept if it is cut off; 0: all or nothing.")
+    ] = KEEP_EVERY,
 ) -> None:
     """Stores a context that `export` wrote. Sessions of the same model and weights find it then.
 
     Each segment is compared with its digest before it is stored. Whoever made the file says what is in it: import files
-    of people you trust to have computed it. An import that is interrupted stores nothing.
+    of people you trust to have computed it. An import that was cut off goes on where it was when it is run again; what
+    it had kept until then is listed by `ls` as a context of its own.
     """
     with opened(file) as (source, identity, model, digests):
         settings = Settings(block_tokens=identity.block_tokens, segment_tokens=identity.segment_tokens)
@@ -73,7 +79,7 @@ def import_(
             contexts = Contexts(engine)
             tokens = np.concatenate([source.get_tensor(f"{n:06d}.tokens").numpy() for n in range(len(digests))])
             with progress("storing") as say:
-                name = contexts.load(tokens, chunks(source, digests, file), identity, tenant, say)
+                name = contexts.load(tokens, chunks(source, digests, file), identity, tenant, say, keep_every)
         except (SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
             raise _bad(file, error) from error
         finally:
