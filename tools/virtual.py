@@ -96,12 +96,8 @@ class Ssd(SsdTier):
         split = self._split(numbers, offsets, addresses)
         return [Transfer([run.nbytes for run in runs], None, write=False) for runs in split]
 
-    def knows(self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-        """Digests of all pages are kept: everything that was stored can be read by pages."""
-        return np.ones(len(numbers), bool)
-
     def page_jobs(
-        self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses
+        self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses, digests: Any
     ) -> list[Callable[[], None]]:
         order = np.lexsort((offsets, numbers))
         share = max(LEAST_PAGES, -(-len(order) // self._threads))
