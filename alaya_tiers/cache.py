@@ -415,11 +415,28 @@ class Session:
                 if where == NEAR:
                     yield Near(self.engine, book.device[blocks_of], blocks)
                     continue
+                if not self.engine.mover.device.on_cpu:
+                    yield from self._split(state, blocks_of, blocks, some.first)
+                    continue
                 if whole and batch is ids and book.moves == moves:  # the pinned stay; what moved would have counted
                     on_device = int(np.count_nonzero(book.device[ids] >= 0)) * state.shape.nbytes
                     rest = ids.size * state.shape.nbytes - on_device
                     row.at_hand = AtHand(moves, ids.ravel(), blocks, on_device, rest)
                 yield blocks
+
+    def _split(
+        self, state: Layer, ids: Ids, blocks: BlockList, first: npt.NDArray[np.int32]
+    ) -> Iterator["BlockList | Near"]:
+        """Blocks of the host tier [kv_heads, n]: as many as pay brought to the device, the rest where they are."""
+        slots = self.engine.bring(ids)
+        n = slots.shape[1]
+        if n:
+            at = self.engine.mover.device.addresses(slots) + first[:n].astype(np.int64) * state.shape.geometry.row_bytes
+            brought = replace(blocks, addresses=at, starts=blocks.starts[:n], counts=blocks.counts[:n])
+            yield Near(self.engine, slots, brought)
+        if n < blocks.starts.size:
+            left = np.ascontiguousarray(blocks.addresses[:, n:])
+            yield replace(blocks, addresses=left, starts=blocks.starts[n:], counts=blocks.counts[n:])
 
     def _upcoming(self, layer: int) -> Iterator[Ids]:
         """Block ids in the order exact attention will read them after ``layer``."""

@@ -13,6 +13,8 @@ _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
 _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
 
+RATES = ("bus_rate", "device_rate", "read_rate", "scan_rate", "ssd_rate", "pick_seconds", "page_seconds")
+
 IoMode = Literal["auto", "direct", "buffered"]
 Mode = Literal["exact", "sparse"]
 OnCorrupt = Literal["raise", "recompute", "drop"]
@@ -69,6 +71,8 @@ class Settings:
     sparse_prefill: sparse mode also for prompts, a few tokens at a time; else prompts are attended exactly.
     attention_target: seconds of attention for each new token that sparse mode aims at: what heads may select is cut to
         what fits, and the statistics tell what that left out. None = as long as the keys within reach take.
+    bus_rate, device_rate: with a GPU, bytes a second from host memory to it, and of KV that it attends. With read_rate
+        they decide how many blocks of the host tier are brought to the GPU for a step and how many the CPU attends.
     read_rate, scan_rate, ssd_rate, pick_seconds, page_seconds: what the optimizer of sparse mode believes of this
         machine: bytes a second of KV in memory, numbers of codes, bytes of the disk, and seconds for a key picked
         singly, all threads together, and for a page of 4 KiB read singly from the disk, many under way.
@@ -108,6 +112,8 @@ class Settings:
     measure_mass: bool = False
     sparse_prefill: bool = False
     attention_target: float | None = None
+    bus_rate: float = 20e9
+    device_rate: float = 1e12
     read_rate: float = 30e9
     scan_rate: float = 16e9
     ssd_rate: float = 1.5e9
@@ -151,7 +157,7 @@ class Settings:
             raise ConfigError(f"index_sure is a number of standard deviations, or 0, got {self.index_sure!r}")
         if self.most_selected is not None and self.most_selected < 0:
             raise ConfigError(f"most_selected cannot be negative, got {self.most_selected!r}")
-        for name in ("attention_target", "read_rate", "scan_rate", "ssd_rate", "pick_seconds", "page_seconds"):
+        for name in (*RATES, "attention_target"):
             if (number := getattr(self, name)) is not None and not 0 < number < float("inf"):
                 raise ConfigError(f"{name} must be above 0, got {number!r}")
         for name, least in (("sink_tokens", 0), ("recent_tokens", 1), ("io_threads", 1), ("batch_bytes", 1)):

@@ -382,6 +382,11 @@ class Engine:
         with mover.lock:
             mover.lanes.write(k, v, mover.ledger.device[ids], offset)
 
+    def bring(self, ids: Ids) -> Slots:
+        """See Mover.bring."""
+        with self.mover.lock:
+            return self.mover.bring(ids)
+
     def blank(self, ids: Ids, start: int, end: int) -> None:
         """Put zeros into bytes ``start`` to ``end`` of open blocks."""
         with self.mover.lock:

@@ -27,6 +27,7 @@ from alaya_tiers.config import Settings
 from alaya_tiers.devices.base import Device, Event
 from alaya_tiers.devices.cpu import CPU
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, SessionClosed
+from alaya_tiers.index.where import Ways
 from alaya_tiers.ledger import IDLE, WRITING, Freed, Ids, Ledger, Mask, Slots
 from alaya_tiers.policies import EvictionPolicy, EvictionView, PrefetchPolicy, PrefetchView, WritePolicy, WriteView
 from alaya_tiers.seams import Executor
@@ -36,6 +37,9 @@ from alaya_tiers.tiers.lanes import Lanes
 from alaya_tiers.tiers.ssd import SsdTier
 
 T = TypeVar("T")
+
+STAGED = 8
+"""The part of the device tier that is kept for blocks brought for one attention: one in so many slots."""
 
 FIRST_LOOK, LAST_LOOK = 50e-6, 1e-3
 """Seconds between two looks at the events of copies: a block of 128 KB is copied in some 5 microseconds."""
@@ -56,6 +60,7 @@ class Traffic:
     """What was moved, in bytes and blocks since the start."""
 
     demoted_bytes: int = 0
+    brought_bytes: int = 0
     written_bytes: int = 0
     read_bytes: int = 0
     read_ahead_bytes: int = 0
@@ -108,6 +113,9 @@ class Mover:
         self.lanes = Lanes(on, device, host)
         self.on_loop: Callable[[Callable[[], None]], None] = lambda work: None
         """Has the loop call something soon, from any thread. Set by whoever runs the loop of a device with streams."""
+        half = device.capacity // (2 * STAGED)
+        self._staging: list[Slots | None] = [] if on.on_cpu else [device.take(half), device.take(half)]
+        """Device slots for blocks that are brought for one attention: one half is attended, the other is filled."""
         self._landings: list[tuple[Event, Callable[[], Freed]]] = []
         self._watcher: asyncio.Task[None] | None = None
         self._executor = executor
@@ -192,6 +200,8 @@ class Mover:
         if short > 0:
             candidates = self.ledger.demotable_ids()
             victims = self.policies.device.victims(self._view(candidates), short)
+            if victims.size < short and self._unstage():
+                return self.try_device(n)
             if victims.size < short:
                 if self.ledger.pinned_count():
                     return None
@@ -204,6 +214,37 @@ class Mover:
             if not self.demote(victims):
                 return None
         return self.device.take(n)
+
+    def bring(self, ids: Ids) -> Slots:
+        """Copy some columns of pinned host blocks [heads, n] up for one attention, as many as pay: the first ones.
+
+        int32 [heads, columns], the device slots they are in by the time a kernel told now reads them; the next but one
+        call takes them again. The blocks stay pinned until they are copied.
+        """
+        s, (heads, columns) = self.settings, ids.shape
+        slots = self._staging.pop(0) if self._staging else None
+        if slots is None:
+            return np.empty((heads, 0), np.int32)
+        self._staging.append(slots)
+        sizes = self.sizes(ids[:, :1].ravel())
+        ways = Ways(s.bus_rate, s.device_rate, s.read_rate)
+        n = ways.bring(columns, float(sizes.sum()), slots.size // heads)
+        if n:
+            flat, into = ids[:, :n].ravel(), slots[: heads * n]
+            self.ledger.pin(flat)
+            event = self.lanes.up(self.ledger.host[flat], into, self.sizes(flat))
+            assert event is not None
+            self.when(event, partial(self.ledger.unpin, flat))
+            self.traffic.brought_bytes += int(self.sizes(flat).sum())
+        return slots[: heads * n].reshape(heads, n)
+
+    def _unstage(self) -> bool:
+        """Give up what is kept for bringing blocks; whether there was any. Streams see to whoever still reads it."""
+        slots = [some for some in self._staging if some is not None and some.size]
+        for some in slots:
+            self.device.give(some)
+        self._staging = []
+        return bool(slots)
 
     def try_host(self, n: int, among: Callable[[Ids], Ids] | None = None) -> Slots | None:
         """``n`` host slots, dropping clean copies if needed; None when there are not enough.

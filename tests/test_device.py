@@ -127,6 +127,36 @@ def test_sparse_attention_over_three_tiers(seed: int, device_runs: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("read_rate", "queries"), [(1.0, 1), (1e7, 1), (1.0, 20), (1e15, 1)])
+def test_cold_blocks_are_brought_where_that_is_faster(seed: int, read_rate: float, queries: int) -> None:
+    device, tokens = Simulated(seed), 8 * 90
+    settings = Settings(
+        device_budget=84 * 4096, host_budget=80 * 4096, block_tokens=8, segment_tokens=32, io="buffered",
+        read_rate=read_rate,
+    )  # fmt: skip
+    eng = Engine(settings, device=device)
+    try:
+        session = Session(eng)
+        k, v = torch.randn(1, HEADS, tokens, DIM), torch.randn(1, HEADS, tokens, DIM)
+        session.update(0, k, v)
+        for _ in range(3):
+            q = torch.randn(1, HEADS * GROUP, queries, DIM)
+            got = session.attention(0, q, [Visible.all(tokens, queries)], 0.25)
+            want = attend_naive(q.reshape(HEADS, GROUP * queries, DIM), k[0], v[0], 0.25).out
+            torch.testing.assert_close(got.reshape(want.shape), want, rtol=1e-4, atol=1e-5)
+        brought = eng.traffic.brought_bytes
+        assert (brought == 0) == (read_rate == 1e15), "the CPU is faster only then"
+        more = torch.randn(1, HEADS, 8 * 4, DIM)
+        session.select(0, [0] * 22)
+        session.update(0, more.repeat(22, 1, 1, 1), more.repeat(22, 1, 1, 1))  # needs every slot: none is kept for that
+        assert eng.traffic.brought_bytes == brought
+    finally:
+        eng.close()
+    assert not device.races
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_host_slot_that_is_read_too_early_is_found(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the ledger's LANDING attention would read poison."""
     monkeypatch.setattr("alaya_tiers.ledger.Ledger.coming", lambda self, ids: self.busy[ids] == 1)
