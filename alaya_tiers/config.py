@@ -104,7 +104,7 @@ class Settings:
     mode: Mode = "exact"
     alpha: float = 0.001
     recent_tokens: int = 512
-    least_mass: float = 0.8
+    least_mass: float = 0.82
     most_selected: int | None = None
     index_bits: int = 4
     index_sure: float = 2.0
