@@ -1,5 +1,6 @@
 """Streams, simulated: copies come late, in an order a seed decides, and whoever does not wait is found out."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from alaya_tiers.devices.base import COMPUTE, DOWN, UP
 from alaya_tiers.devices.order import Order, Wait
 from alaya_tiers.devices.simulated import Race, Simulated
 from alaya_tiers.engine import Engine
+from alaya_tiers.seams import memory
 from alaya_tiers.tiers.base import Accountant
 from alaya_tiers.tiers.device import DeviceTier
 from alaya_tiers.tiers.host import HostTier
@@ -236,6 +238,43 @@ def test_slots_side_by_side_are_copied_in_one_piece() -> None:
     assert [s.numel() for s in sources] == [5, 1 << 20], "a part of a slot ends a piece"
     lanes = Lanes(Simulated(1), near, far)
     assert lanes.down(slots(1), slots(2), sizes[1:2]) is not None
+
+
+class Driver:
+    """What of CUDA's runtime registers memory."""
+
+    def __init__(self) -> None:
+        self.registered: dict[int, int] = {}
+        self.error = 0
+
+    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
+        self.registered[address] = nbytes
+        return self.error
+
+    def cudaHostUnregister(self, address: int) -> int:
+        memory(address, self.registered.pop(address))[0] = 1  # still mapped
+        return 0
+
+
+def test_host_memory_is_registered_as_long_as_it_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from alaya_tiers.devices.cuda import _Registered
+    from alaya_tiers.errors import DeviceError
+
+    driver, place = Driver(), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "device", lambda place: nullcontext())
+    slab = torch.frombuffer(_Registered(3 * 4096, place), dtype=torch.uint8)
+    assert driver.registered == {slab.data_ptr(): 3 * 4096}
+    slab[-1] = 7
+    part = slab[4096:]
+    del slab
+    assert driver.registered, "a part of it is still in use"
+    del part
+    assert not driver.registered
+    driver.error = 2
+    with pytest.raises(DeviceError, match="ulimit -l"):
+        _Registered(4096, place)
 
 
 @pytest.mark.gpu

@@ -31,10 +31,16 @@ class Cuda:
         self.place = torch.empty(0, device=place).device  # "cuda" alone means the current one
         self._side = {DOWN: torch.cuda.Stream(self.place), UP: torch.cuda.Stream(self.place)}
         self._last: Any = None
+        self._fresh: Any = None
 
     # ------------------------------------------------------------------ memory
     def slab(self, nbytes: int) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.place)
+        made = torch.empty(nbytes, dtype=torch.uint8, device=self.place)
+        self._fresh = torch.cuda.Event()  # torch may hand out memory that kernels of this stream still use
+        self._fresh.record(torch.cuda.current_stream(self.place))
+        for stream in self._side.values():
+            stream.wait_event(self._fresh)
+        return made
 
     def host_slab(self, nbytes: int) -> Tensor:
         return torch.frombuffer(_Registered(nbytes, self.place), dtype=torch.uint8)
@@ -66,7 +72,9 @@ class Cuda:
         current = torch.cuda.current_stream(self.place)
         if self._last is not None and self._last != current:
             current.wait_stream(self._last)
-        self._last = current
+        if self._fresh is not None:
+            current.wait_event(self._fresh)
+        self._last, self._fresh = current, None
         return current
 
     # ------------------------------------------------------------------ kernels

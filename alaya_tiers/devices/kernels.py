@@ -58,6 +58,7 @@ def attend_blocks(
             q.contiguous(), table.addresses, table.starts, table.counts, lo, hi, parts.out, parts.lse, parts.top,
             table.addresses.stride(0), blocks, per, scale, softcap or 0.0, rows, table.most,
             **_constants(q, table.k_dim, table.v_dim, table.dtype, rows),
+            ALIGNED=(table.k_dim + table.v_dim) * table.dtype.itemsize % 16 == 0,  # slots begin at pages
         )  # fmt: skip
     if top is not None:
         top.copy_(parts.top.amax(1))
@@ -247,6 +248,7 @@ def _attend_blocks(
     V: tl.constexpr,
     R: tl.constexpr,
     TILE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     head, split = tl.program_id(0), tl.program_id(1)
     r, t = tl.arange(0, R), tl.arange(0, TILE)
@@ -256,6 +258,8 @@ def _attend_blocks(
     out = tl.zeros((R, V), tl.float32)
     for b in range(split * per, tl.minimum(split * per + per, blocks)):
         rows_at = tl.load(addresses + head * stride + b).to(tl.pointer_type(DTYPE))
+        if ALIGNED:
+            rows_at = tl.multiple_of(rows_at, 16)
         start, count = tl.load(starts + b), tl.load(counts + b)
         for tile in range(0, count, TILE):
             token = tile + t
