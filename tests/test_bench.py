@@ -388,6 +388,25 @@ def test_what_is_on_ssd_is_measured_policy_by_policy(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_what_is_larger_than_memory_is_imported_once(tmp_path: Path) -> None:
+    out, store = tmp_path / "larger.json", tmp_path / "store"
+    command = ["larger", "--quick", "--layers", "2", "--alpha", "0.05", "--path", str(store), "--json", str(out)]
+    times = list[float | None]()
+    for _ in range(2):
+        done = CliRunner().invoke(cli.app, ["bench", *command])
+        assert done.exit_code == 0, done.output
+        found = json.loads(out.read_text())
+        times.append(found["imported"])
+        assert len(found["way"]["times"]) == 2
+        assert found["way"]["first_bytes"] > 0
+        assert found["index_bytes"] > 0
+    assert times[0] is not None
+    assert times[1] is None, "the context was there"
+    wrong = CliRunner().invoke(cli.app, ["bench", "larger", "--path", str(store), "--context", "1K"])
+    assert (wrong.exit_code, "at least 4096" in wrong.output) == (2, True)
+
+
+@pytest.mark.slow
 def test_a_store_of_many_contexts(tmp_path: Path) -> None:
     """It is opened after a process that stored was killed, and every prompt finds what it has in common."""
     out = tmp_path / "many.json"

@@ -8,8 +8,8 @@ the page cache when it begins.
 """
 
 import json
-import multiprocessing
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -92,11 +92,11 @@ def run(plan: offload.Plan, host: int, say: Say) -> Found:
     if not _is_there(plan, host):
         say("importing, in a process of its own")
         started = time.perf_counter()
-        process = multiprocessing.get_context("spawn").Process(target=bring, args=(plan, host))
-        process.start()
-        process.join()
-        if process.exitcode:
-            raise ConfigError(f"the import failed with exit status {process.exitcode}: run this again to go on with it")
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, json.dumps(asdict(plan), default=str), str(host)], check=False
+        )
+        if done.returncode:
+            raise ConfigError(f"the import failed with exit status {done.returncode}: run this again to go on with it")
         imported = time.perf_counter() - started
     _empty(path)
     rss, opened = psutil.Process().memory_info().rss, time.perf_counter()
@@ -114,9 +114,11 @@ def run(plan: offload.Plan, host: int, say: Say) -> Found:
     return found
 
 
-def bring(plan: offload.Plan, host: int) -> None:
-    """Import the context, or what is missing of it. Exits with status 1 where that fails."""
-    console = Console(stderr=True)
+def bring(described: str, host: int) -> None:
+    """Import the context of a plan (JSON), or what is missing of it. Exits with status 1 where that fails."""
+    given, console = json.loads(described), Console(stderr=True)
+    given |= {"heads": HeadsPlan(**given["heads"]), "path": Path(given["path"])}
+    plan = offload.Plan(**given)
     try:
         with console.status("importing") as status, _database(plan, host) as (_, contexts):
             contexts.load(
@@ -250,3 +252,7 @@ def command(
     Console(file=sys.stdout).print(table(found))
     if json_file is not None:
         json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    bring(sys.argv[1], int(sys.argv[2]))
