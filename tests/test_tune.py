@@ -11,7 +11,7 @@ import pytest
 
 from alaya_tiers import AlayaCache, Settings
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import search, tune, validate
+from alaya_tiers.tools import load, loadsteps, search, tune, validate
 from alaya_tiers.tools.hardware import Machine
 from alaya_tiers.tools.prices import Prices
 from alaya_tiers.tools.recorded import open_recording
@@ -96,7 +96,8 @@ class Small(OfRun):
     def space(self) -> Space:
         return dict(super().space()) | {
             "host": (0.125, 0.25, 0.5, 1.0), "block_tokens": (64, 128), "prefetch": ("none", "next"),
-            "prefetch_share": (0.25,), "dirty_limit": (0.5,), "batch_bytes": (8 << 20,), "eviction": ("lru", "scan"),
+            "prefetch_share": (0.25,), "segment_tokens": (8192,), "dirty_limit": (0.5,), "batch_bytes": (8 << 20,),
+            "eviction": ("lru", "scan"),
         }  # fmt: skip
 
 
@@ -141,6 +142,46 @@ test_a_cache_loads_what_the_command_wrote = pytest.mark.leaks("matplotlib keeps 
 def test_the_kv_of_a_run_is_counted_without_its_forks(trace: Path) -> None:
     tokens = EXACT.small(1024).tokens + validate.WARM + 8
     assert tune._kv_bytes(open_recording(trace)) == tokens * validate.SHAPE.token_bytes
+
+
+STEPS = """
+[steps]
+context = 8192
+steps = 24
+layers = 2
+found = { median = 40, sigma = 0.8 }
+drift = 0.2
+run = 3
+"""
+
+
+class Sparse(OfRun):
+    """Few enough points to try them all; segments, pages and guesses are among what is chosen."""
+
+    def space(self) -> Space:
+        return dict(super().space()) | {
+            "host": (0.125, 0.5), "block_tokens": (128, 256), "eviction": ("lru", "scan"),
+            "segment_tokens": (2048, 8192),
+            "prefetch_share": (0.25,), "page_share": (0.0, 0.75), "guess": ("none", "confident"),
+            "dirty_limit": (0.5,), "batch_bytes": (8 << 20,),
+        }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_pages_and_guesses_are_searched_too(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(STEPS)
+    settings = Settings(mode="sparse", index_budget=None, device_budget=4 << 20, host_budget=8 << 20)
+    made = loadsteps.recording(load.read(tmp_path / "s.toml"), NAMED["llama-3.2-1b"], settings, 0)
+    assert {"segment_tokens", "page_share", "guess", "prefetch_share"} <= set(OfRun([made], KNOWN, Prices()).space())
+    subject = Sparse([made], KNOWN, Prices())
+    usual = subject.evaluate(subject.default())
+    target = Target(price=usual.price * 1.01)
+    everything = search.exhaustive(subject.space(), target, subject.evaluate)
+    found = search.best(tune.tuned(subject, target, 24, seed=1))
+    assert found.score <= 1.05 * search.best(everything).score
+    assert found.outcome.seconds <= usual.seconds
+    written = Settings.from_dict(subject.file(found.point))
+    assert (written.page_share, written.guess) == (found.point["page_share"], found.point["guess"])
 
 
 # ---------------------------------------------------------------------- requests

@@ -96,6 +96,7 @@ def command(
     answer_tokens: Annotated[int, typer.Option(min=1, help="Tokens of each continuation.")] = 12,
     mode: Annotated[str, typer.Option(help=f"One of {', '.join(MODES)}.")] = "sparse",
     alpha: Annotated[float, typer.Option(help="Of sparse mode.")] = 0.001,
+    bits: Annotated[int, typer.Option(help="Of each number of a coded key, in sparse mode: 4 or 8.")] = 8,
     host_budget: Annotated[str | None, typer.Option(help="[dim]default: 1/8 of the KV[/dim]")] = None,
     device_budget: Annotated[str | None, typer.Option(help="[dim]default: 1/16 of the KV[/dim]")] = None,
     block_tokens: Annotated[
@@ -114,7 +115,7 @@ def command(
         tokens=tokens, text=text, model=model, questions=questions, answer_tokens=answer_tokens, compare=False,
         host_budget=host_budget, device_budget=device_budget, windowed=model is None,
     )  # fmt: skip
-    settings: dict[str, Any] = {"mode": mode, "alpha": alpha}
+    settings: dict[str, Any] = {"mode": mode, "alpha": alpha, "index_bits": bits}
     if mode == "sparse":
         settings["recent_tokens"] = 128
     if block_tokens is not None:

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from alaya_tiers.config import Settings, format_bytes
 from alaya_tiers.errors import BudgetTooSmall, ConfigError, OutOfSpace
-from alaya_tiers.policies import EVICTION, PREFETCH, Watermark, by_name
+from alaya_tiers.policies import EVICTION, GUESS, PREFETCH, Watermark, by_name
 from alaya_tiers.tools import profile, recorded, search, toml
 from alaya_tiers.tools.described import described, machine_of
 from alaya_tiers.tools.hardware import Machine
@@ -38,7 +38,7 @@ SHOWN = 8
 
 
 class OfRun:
-    """Recorded runs, one for each alpha that is to be chosen from, replayed with other settings."""
+    """Recorded runs, one for each alpha and number of bits that is to be chosen from, replayed with other settings."""
 
     unit = "TPOT"
 
@@ -54,8 +54,11 @@ class OfRun:
             "host": SHARES,
             "block_tokens": (64, 128, 256, 512),
             "eviction": tuple(EVICTION),
-            "prefetch": tuple(PREFETCH) if exact or len(PREFETCH) > 2 else ("none",),
-            "prefetch_share": (0.125, 0.25, 0.5) if exact else (0.25,),
+            "segment_tokens": (2048, 8192, 32768),
+            "prefetch": tuple(PREFETCH) if exact else ("none",),
+            "prefetch_share": (0.125, 0.25, 0.5),
+            "page_share": (0.0,) if exact else (0.0, 0.5, 0.75),
+            "guess": ("none",) if exact else tuple(GUESS),
             "dirty_limit": (0.25, 0.5, 0.75),
             "batch_bytes": (2 << 20, 8 << 20),
         }
@@ -64,7 +67,8 @@ class OfRun:
         """The defaults of ``Settings``, with the host budget the run was recorded with."""
         s, share = Settings(), self.recordings[0].settings.host_budget / self.kv_bytes
         near = min(SHARES, key=lambda one: abs(one - share))
-        names = {name: getattr(s, name) for name in ("block_tokens", "eviction", "prefetch", "dirty_limit")}
+        same = ("block_tokens", "segment_tokens", "prefetch", "page_share", "guess", "dirty_limit")
+        names = {name: getattr(s, name) for name in same}
         space = self.space()
         rest = {"prefetch_share": s.prefetch_share, "batch_bytes": s.batch_bytes}
         names["eviction"] = self.recordings[0].settings.replace(eviction="auto").eviction_of_blocks
@@ -77,9 +81,7 @@ class OfRun:
         base = self.recordings[point["recording"]].settings
         block = point["block_tokens"] / base.block_tokens
         device = int(max(base.device_budget, base.device_budget * block))
-        return base.replace(
-            page_share=0.0, host_budget=int(point["host"] * self.kv_bytes), device_budget=device, **changes
-        )
+        return base.replace(host_budget=int(point["host"] * self.kv_bytes), device_budget=device, **changes)
 
     def evaluate(self, point: Point) -> Outcome:
         """TPOT at the median of the last phase."""
@@ -104,7 +106,8 @@ class OfRun:
         """For tables."""
         settings = self.settings(point)
         told = {"host": format_bytes(settings.host_budget), "alpha": f"{settings.alpha:g}"}
-        rest = ("block_tokens", "eviction", "prefetch", "prefetch_share", "dirty_limit")
+        told["bits"] = str(settings.index_bits)
+        rest = tuple(name for name in point if name not in ("recording", "host", "batch_bytes"))
         return told | {name.replace("_", " "): str(point[name]) for name in rest}
 
     def file(self, point: Point) -> dict[str, Any]:
@@ -224,7 +227,7 @@ def seconds(name: str, text: str | None) -> float | None:
 
 
 def command(
-    traces: Annotated[list[Path], typer.Argument(help="Recorded traces, one for each alpha; or request traces.")],
+    traces: Annotated[list[Path], typer.Argument(help="Recorded traces, one for each alpha and bits; or of requests.")],
     tpot: Annotated[str | None, typer.Option(help="Recorded traces: at most so long for a token, e.g. 50ms.")] = None,
     ttft: Annotated[str | None, typer.Option(help="Request traces: 90 % of first tokens within, e.g. 2s.")] = None,
     price: Annotated[

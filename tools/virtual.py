@@ -97,7 +97,7 @@ class Ssd(SsdTier):
         return [Transfer([run.nbytes for run in runs], None, write=False) for runs in split]
 
     def page_jobs(
-        self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses, digests: Any
+        self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses, digests: Any = None
     ) -> list[Callable[[], None]]:
         order = np.lexsort((offsets, numbers))
         share = max(LEAST_PAGES, -(-len(order) // self._threads))
