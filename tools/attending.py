@@ -134,8 +134,8 @@ class Attending:
             sizes[head] = positions.size
         looked, dear = np.flatnonzero(look), np.zeros(part.heads, bool)
         if looked.size:
-            part.history.judge(sizes[looked], np.isin(looked, list(found.flat)), step, self._rates)
-            dear[looked] = part.history.pause[looked] > 0
+            dear[looked] = step.dear(sizes[looked], self._rates)
+            part.history.judge(sizes[looked], dear[looked], step, self._rates)
         dear[list(found.flat)] = True
         return looked, np.flatnonzero(dear | ~look)
 

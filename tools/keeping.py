@@ -75,26 +75,18 @@ class Patient:
 
 @dataclass(slots=True)
 class Oracle:
-    """The same policy, told what will happen, block by block."""
+    """Every block stays exactly until it is wanted again, and leaves at once if it never is."""
 
-    machine: Machine
-    patience: Patience
     future: Future
 
     def came(self, seconds: float) -> None:
         """Nothing is learned."""
 
     def until(self, now: float, number: int, ids: Ids, full: float, block_bytes: int) -> Times | float:
-        memory = self.machine.device_memory + self.machine.host_memory
         following = self.future.after(number)[: ids.size]
         found = np.full(ids.size, now)
-        for request in np.unique(following).tolist():
-            if request != NEVER:
-                mine = following == request
-                back = max(now, self.future.times[request])
-                count = int(np.count_nonzero(mine))
-                if self.patience.keep(PauseView(back - now, count * block_bytes, memory, full, self.machine.ssd_read)):
-                    found[mine] = np.nextafter(back, np.inf)
+        for request in np.unique(following[following != NEVER]).tolist():
+            found[following == request] = np.nextafter(max(now, self.future.times[request]), np.inf)
         return found
 
 
@@ -111,7 +103,7 @@ def pauses(text: str, machine: Machine, future: Callable[[], Future]) -> Pauses 
     if name == "patience" and not colon:
         return Patient(machine, Patience())
     if name == "oracle" and not colon:
-        return Oracle(machine, Patience(), future())
+        return Oracle(future())
     if text != "none":
         raise ConfigError(f"cannot read the pause {text!r}; write one of {', '.join(KINDS)}, e.g. ttl:60")
     return None
