@@ -3,16 +3,19 @@
 Damage is known from a record that cannot be read, from a block that was read in vain, and from ``check``.
 """
 
+import contextlib
 import errno
 import os
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
+from alaya_tiers.commit import load_needs
 from alaya_tiers.damage import Place, needing, usable
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import StoreCorrupt
 from alaya_tiers.identity import Tokens, segment_name
 from alaya_tiers.manifest import Entry, Manifest, Segment
+from alaya_tiers.needs import Needs
 from alaya_tiers.siblings import Siblings
 from alaya_tiers.snapshot import Shelf
 from alaya_tiers.verify import flaws
@@ -133,6 +136,14 @@ class Prefixes:
             return usable(self.record(name), self._damaged)
         except StoreCorrupt:
             return 0
+
+    def needs(self, names: Sequence[str]) -> Needs | None:
+        """What the heads of the longest context among these need, if that was stored."""
+        store, contexts = self.shelf, self.manifest.contexts
+        known = (n for n in reversed(names) if n in contexts and contexts[n].needs)
+        with contextlib.suppress(OSError, ValueError):  # nothing but plans depends on it
+            return next((load_needs(store.disk, store.path, contexts[n]) for n in known), None)
+        return None
 
     # ------------------------------------------------------------------ what is damaged
     def check(self, names: Iterable[str]) -> bool:

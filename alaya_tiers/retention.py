@@ -55,7 +55,7 @@ class Retention:
         self._numbers = itertools.count(1)
         self._offset = time.time() - contexts.engine.clock.monotonic()
         self._lock = threading.Lock()
-        contexts.make_room, contexts.engine.on_full = self.make_room, self.spill
+        contexts.keeper.make_room, contexts.engine.on_full = self.make_room, self.spill
 
     @property
     def now(self) -> float:
@@ -65,7 +65,7 @@ class Retention:
     # ------------------------------------------------------------------ pins
     def pin(self, context: str, owner: str, reason: str, seconds: float) -> Pin:
         """Keep a context for so long. Raises InputError, StoreReadOnly."""
-        self.contexts.store_here  # noqa: B018 - raises
+        self.contexts.writing()
         if context not in self.contexts.manifest.contexts or not seconds > 0:
             raise InputError(f"there is no context {context!r} to pin, or for no time: {seconds} seconds")
         with self._lock:

@@ -24,11 +24,12 @@ import typer
 from safetensors import SafetensorError, safe_open
 
 from alaya_tiers.config import Settings, format_bytes
-from alaya_tiers.contexts import Chunk, Contexts, Say
+from alaya_tiers.contexts import Contexts
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import InputError
 from alaya_tiers.identity import Identity, Tokens, model_digest
 from alaya_tiers.manifest import Manifest, identity_from
+from alaya_tiers.parts import Chunk, Say
 from alaya_tiers.seams import SystemDisk
 from alaya_tiers.snapshot import Snapshot
 from alaya_tiers.tools.fsck import progress

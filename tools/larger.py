@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from alaya_tiers.config import Settings, format_bytes, parse_bytes
-from alaya_tiers.contexts import Chunk, Contexts
+from alaya_tiers.contexts import Contexts
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import AlayaError, ConfigError
 from alaya_tiers.identity import Identity, Tokens, model_digest
+from alaya_tiers.parts import Chunk
 from alaya_tiers.tools import machine, offload, rawdisk
 from alaya_tiers.tools.baselines import DTYPES, parse_contexts
 from alaya_tiers.tools.bench import one_line_errors

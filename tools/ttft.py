@@ -27,9 +27,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from alaya_tiers.config import format_bytes
-from alaya_tiers.contexts import Chunk
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf.db import DB
+from alaya_tiers.parts import Chunk
 from alaya_tiers.tools import machine, rawdisk
 from alaya_tiers.tools.baselines import FILL_TOKENS, VOCABULARY, Context, Shape, build_model, parse_contexts
 from alaya_tiers.tools.bench import one_line_errors

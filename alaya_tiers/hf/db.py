@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from alaya_tiers.config import OnCorrupt, Settings
-from alaya_tiers.contexts import Chunk, Contexts, Say, silent
+from alaya_tiers.contexts import Contexts
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError, InputError, StoreCorrupt, StoreFormat
 from alaya_tiers.hf.cache import AlayaCache, model_of, positions_of
@@ -24,6 +24,7 @@ from alaya_tiers.hf.weights import weights_digest
 from alaya_tiers.identity import Identity, Tokens, model_digest
 from alaya_tiers.manifest import Context, Manifest
 from alaya_tiers.observe import observe
+from alaya_tiers.parts import Chunk, Say, silent
 from alaya_tiers.policies import REUSE, Patience, Shares, by_name
 from alaya_tiers.recorder import Recorder, recording
 from alaya_tiers.retention import Paused, Pin, Retention

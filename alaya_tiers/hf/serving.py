@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
-from alaya_tiers.contexts import Chunk, Say, silent
 from alaya_tiers.errors import InputError
 from alaya_tiers.hf.db import DB, KV
 from alaya_tiers.hf.stored import StoredCache
 from alaya_tiers.manifest import Context
+from alaya_tiers.parts import Chunk, Say, silent
 from alaya_tiers.verify import Damage
 
 T = TypeVar("T")
