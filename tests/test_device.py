@@ -84,6 +84,10 @@ class Deaf(Simulated):
         super().__init__(seed, eagerness=0.2)
         self._stream = stream
 
+    def deaf_to(self, stream: int) -> None:
+        """From now on this stream does not wait; -1: all do."""
+        self._stream = stream
+
     def wait(self, stream: int, event: Any) -> None:
         if stream != self._stream:
             super().wait(stream, event)
@@ -155,6 +159,27 @@ def test_cold_blocks_are_brought_where_that_is_faster(seed: int, read_rate: floa
     finally:
         eng.close()
     assert not device.races
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stream", [COMPUTE, UP])
+def test_a_block_that_is_brought_without_waiting_is_found(stream: int) -> None:
+    """Read before it has come, or laid over one that is still read."""
+    settings = Settings(
+        device_budget=84 * 4096, host_budget=80 * 4096, block_tokens=8, segment_tokens=32, io="buffered", read_rate=1.0
+    )
+    device = Deaf(0, -1)
+    eng = Engine(settings, device=device)
+    try:
+        session, kv = Session(eng), torch.randn(1, HEADS, 8 * 60, DIM)
+        session.update(0, kv, kv)
+        device.deaf_to(stream)
+        q, seen = torch.randn(1, HEADS * GROUP, 1, DIM), [Visible.all(8 * 60, 1)]
+        with pytest.raises(Race):
+            _ = [session.attention(0, q, seen, 0.25) for _ in range(4)]
+    finally:
+        device.deaf_to(-1)
+        eng.close()
 
 
 @pytest.mark.slow
