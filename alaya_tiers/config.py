@@ -15,6 +15,9 @@ _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
 
 RATES = ("bus_rate", "device_rate", "read_rate", "scan_rate", "ssd_rate", "pick_seconds", "page_seconds")
 
+ALPHA, LEAST_MASS = 0.001, 0.82
+"""Of sparse mode by default: docs/benchmarks.md says what they leave out."""
+
 IoMode = Literal["auto", "direct", "buffered"]
 Mode = Literal["exact", "sparse"]
 OnCorrupt = Literal["raise", "recompute", "drop"]
@@ -61,8 +64,10 @@ class Settings:
         faster, and its output error several times as large: docs/benchmarks.md.
     recent_tokens: last tokens of the context that sparse mode always attends to, beside sink_tokens first ones.
     least_mass: share of the attention that every query head is to attend to and not to estimate: heads in which what
-        ``alpha`` asks for holds less look for more keys, or read all; 0 = alpha alone. Not with most_selected or
-        attention_target, which bound the keys of a step: the statistics tell what they leave out.
+        ``alpha`` asks for holds less look for more keys, or read all; 0 = alpha alone. None = 0.82, and 0 where alpha
+        is larger than its default: who asks for less wants speed, and from SSD what such heads read besides is dear.
+        Not with most_selected or attention_target, which bound the keys of a step: the statistics tell what they leave
+        out.
     most_selected: at most so many keys for each kv head beyond these; None = as many as are near enough.
     index_bits: bits of each number of a coded key, 4 or 8. 8 find fewer keys that do not matter, in twice the memory.
     index_sure: standard deviations of a code's error that are allowed for; 0 = any error there can be (complete).
@@ -102,9 +107,9 @@ class Settings:
     ssd_budget: int | None = None
     write_budget: int | None = None
     mode: Mode = "exact"
-    alpha: float = 0.001
+    alpha: float = ALPHA
     recent_tokens: int = 512
-    least_mass: float = 0.82
+    least_mass: float | None = None
     most_selected: int | None = None
     index_bits: int = 4
     index_sure: float = 2.0
@@ -149,7 +154,7 @@ class Settings:
                 raise ConfigError(f"{name} is a share between 0 and 1, got {getattr(self, name)!r}")
         if not 0 < self.alpha <= 1:
             raise ConfigError(f"alpha is a share of the largest weight, above 0 and at most 1, got {self.alpha!r}")
-        if not 0 <= self.least_mass < 1:
+        if self.least_mass is not None and not 0 <= self.least_mass < 1:
             raise ConfigError(f"least_mass is a share of the attention, 0 to below 1, got {self.least_mass!r}")
         if self.index_bits not in (4, 8):
             raise ConfigError(f"index_bits is 4 or 8, got {self.index_bits!r}")
@@ -166,6 +171,13 @@ class Settings:
         _check_choice("io", self.io, get_args(IoMode))
         _check_choice("mode", self.mode, get_args(Mode))
         _check_choice("on_corrupt", self.on_corrupt, get_args(OnCorrupt))
+
+    @property
+    def mass_floor(self) -> float:
+        """What ``least_mass`` comes to."""
+        if self.least_mass is None:
+            return LEAST_MASS if self.alpha <= ALPHA else 0.0
+        return self.least_mass
 
     @property
     def eviction_of_blocks(self) -> str:

@@ -171,7 +171,7 @@ def attend(
             found.tokens, dear, near, merge((near, Partial(found.rest.to(q.device), found.rest_lse.to(q.device))))
         )
 
-    looked = _look(history, heads, merge(parts), s.least_mass if most is None else 0.0, reach.distance, within)
+    looked = _look(history, heads, merge(parts), s.mass_floor if most is None else 0.0, reach.distance, within)
     del held
     history.judge(looked.found.astype(np.float64), looked.dear, step, rates)
     sparse = ~looked.dear
