@@ -98,7 +98,8 @@ class Settings:
     eviction: policy of the host tier, a name in ``alaya_tiers.policies.EVICTION``. "auto" is "scan" in exact mode
         and "lru" in sparse mode; there it also orders the single pages of cold blocks.
     page_share: share of the host tier that such pages may take.
-    guess: policy of reading such pages ahead, a name in ``alaya_tiers.policies.GUESS``.
+    guess: policy of reading such pages ahead, a name in ``alaya_tiers.policies.GUESS``. On two cores none has paid so
+        far: docs/benchmarks.md.
     prefetch: policy of reading ahead, a name in ``alaya_tiers.policies.PREFETCH``.
     """
 
@@ -136,7 +137,7 @@ class Settings:
     check_on_open: bool = False
     eviction: str = "auto"
     page_share: float = 0.75
-    guess: str = "confident"
+    guess: str = "none"
     prefetch: str = "next"
 
     def __post_init__(self) -> None:

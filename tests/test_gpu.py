@@ -1,5 +1,6 @@
 """The script for GPUs runs to its end over the simulated device, tiny: that it measures what it says, not how fast."""
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -17,7 +18,9 @@ TINY = ["--layers", "2", "--hidden", "64", "--heads", "4", "--kv-heads", "2", "-
 @pytest.mark.parametrize("device", ["simulated"])
 def test_the_whole_report(device: str, tmp_path: Path) -> None:
     out, picture = tmp_path / "gpu.json", tmp_path / "gpu.png"
-    options = ["--device", device, "--contexts", "1K,2500", "--json", str(out), "--plot", str(picture)]
+    drawing = importlib.util.find_spec("matplotlib") is not None
+    options = ["--device", device, "--contexts", "1K,2500", "--json", str(out)]
+    options += ["--plot", str(picture)] if drawing else []
     result = CliRunner().invoke(cli.app, ["bench", "gpu", *TINY, *options, "--directory", str(tmp_path)])
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
@@ -30,7 +33,7 @@ def test_the_whole_report(device: str, tmp_path: Path) -> None:
     assert [each["tokens"] for each in found["first"]] == [1024, 2500]
     assert all(seconds > 0 for each in found["first"] for seconds in each["seconds"].values())
     assert set(found["prefill"]) == {"DynamicCache", "ours, GPU", "ours, ssd"}
-    assert picture.stat().st_size > 1000
+    assert not drawing or picture.stat().st_size > 1000
     assert "a decode step" in result.output
     assert "offloads from CUDA only" in result.output
     assert not list(tmp_path.glob("bench-alaya-*"))
