@@ -40,12 +40,12 @@ def translate(error: OSError, path: str, doing: str) -> StoreError:
 
 def digests_bytes(shape: tuple[int, ...]) -> int:
     """What a shard gives to the digests of pages of all its blocks. shape: (blocks, pages of each)."""
-    return round_up(shape[0] * shape[1] * 8, PAGE)
+    return shape[0] * shape[1] * 8
 
 
 def digests_behind(pages: Digests) -> bytes:
     """The digests of pages as they stand in a shard, behind its blocks. pages: uint64 [blocks, pages of each]."""
-    return np.ascontiguousarray(pages, "<u8").tobytes().ljust(digests_bytes(pages.shape), b"\0")
+    return np.ascontiguousarray(pages, "<u8").tobytes()
 
 
 def aligned(nbytes: int) -> npt.NDArray[np.uint8]:

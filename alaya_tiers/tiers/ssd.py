@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alaya_tiers import digest
-from alaya_tiers.blocks import PAGE, BlockShape
+from alaya_tiers.blocks import PAGE, BlockShape, round_up
 from alaya_tiers.digest import Digests
 from alaya_tiers.errors import StoreCorrupt, StoreError
 from alaya_tiers.seams import Disk, memory
@@ -380,7 +380,7 @@ class SsdTier:
 
     def _ask(self, files: list[SegmentFile]) -> None:
         """Read what files say of their pages, all at once. What cannot be read says nothing: blocks are read whole."""
-        ends = np.cumsum([0, *(digests_bytes(file.pages.shape) // PAGE for file in files)])
+        ends = np.cumsum([0, *(-(-digests_bytes(file.pages.shape) // PAGE) for file in files)])
         room = aligned(int(ends[-1]) * PAGE)
         addresses = room.ctypes.data + np.arange(ends[-1]) * PAGE
         at = np.array([file.data_bytes for file in files])
@@ -389,7 +389,7 @@ class SsdTier:
         for file, begin in zip(files, (ends[:-1] * PAGE).tolist(), strict=True):
             told = room[begin : begin + file.pages.nbytes].view("<u8").reshape(file.pages.shape)
             with self._learning:
-                self._learned += digests_bytes(file.pages.shape)
+                self._learned += round_up(digests_bytes(file.pages.shape), PAGE)
                 if not file.told:
                     file.pages[~file.known] = told[~file.known]
                     file.told = True
