@@ -13,7 +13,7 @@ MOST = 60.0
 
 
 class Fading:
-    """What a use is worth now, on a scale that grows: twice as much every HALF_LIFE steps, so that counts can be added.
+    """What a use is worth now, on a scale that grows: twice as much every half-life, so that counts can be added.
 
     Source: forward decay, Cormode et al., ICDE 2009, section 4.
     """
@@ -21,9 +21,9 @@ class Fading:
     def __init__(self) -> None:
         self._epoch = 0
 
-    def worth(self, counts: npt.NDArray[np.floating[Any]], tick: int, layers: int) -> float:
-        """Of a use at ``tick``; a step has ``layers`` ticks. All ``counts`` so far are scaled where they must."""
-        power = (tick - self._epoch) / (HALF_LIFE * max(1, layers))
+    def worth(self, counts: npt.NDArray[np.floating[Any]], tick: int, half_life: float) -> float:
+        """Of a use at ``tick``. half_life: in ticks. All ``counts`` so far are scaled where they must."""
+        power = (tick - self._epoch) / half_life
         if power > MOST:
             counts *= 2.0**-power
             self._epoch, power = tick, 0.0

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from alaya_tiers.fading import Fading
+from alaya_tiers.fading import HALF_LIFE, Fading
 
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
@@ -263,7 +263,7 @@ class Ledger:
         """The blocks were attended."""
         self.used[ids], self.ahead[ids] = self.tick, False
         self.uses[ids] += 1
-        self.heat[ids] += self._fading.worth(self.heat, self.tick, self._layers)
+        self.heat[ids] += self._fading.worth(self.heat, self.tick, HALF_LIFE * self._layers)
 
     # ------------------------------------------------------------------ facts
     def readable(self, ids: Ids) -> Mask:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from alaya_tiers.blocks import PAGE
 from alaya_tiers.errors import AlayaError, SessionClosed
-from alaya_tiers.fading import Fading
+from alaya_tiers.fading import HALF_LIFE, Fading
 from alaya_tiers.ledger import Ids
 from alaya_tiers.mover import Mover
 from alaya_tiers.policies import SOURCES, EvictionPolicy, EvictionView, Guess, GuessPolicy, GuessView
@@ -139,7 +139,8 @@ class Pages:
         """The pages are read no longer. The lock is held."""
         self._uses[taken.slots] += 1
         self._used[taken.slots] = self._mover.ledger.tick
-        self._heat[taken.pages] += self._fading.worth(self._heat, self._mover.ledger.tick, len(self._mover.shapes))
+        layers = max(1, len(self._mover.shapes))
+        self._heat[taken.pages] += self._fading.worth(self._heat, self._mover.ledger.tick, HALF_LIFE * layers)
         self._let_go(taken.slots)
 
     # ------------------------------------------------------------------ what others want

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
+from alaya_tiers.fading import Fading
+
 Ids = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
@@ -156,7 +158,7 @@ class Blocks:
         self._spare, self._n_spare = np.zeros(0, np.int64), 0
         self._most_ghosts, self._n_ghosts, self._leaving = ghosts, 0, 0
         self._ghosts: deque[tuple[int, Ids]] = deque()
-        self._tick, self._epoch = 0, 0
+        self._tick, self._fading = 0, Fading()
         self.pass_tick = 0
 
     @property
@@ -210,10 +212,7 @@ class Blocks:
         self.used[ids] = np.arange(self._tick + ids.size, self._tick, -1)
         self._tick += ids.size
         self.time[ids], self.until[ids] = now, np.inf
-        if number - self._epoch > 60 * HALF_LIFE:
-            self.heat *= 2.0 ** -((number - self._epoch) / HALF_LIFE)
-            self._epoch = number
-        self.heat[counted] += 2.0 ** ((number - self._epoch) / HALF_LIFE)
+        self.heat[counted] += self._fading.worth(self.heat, number, HALF_LIFE)
         self._uses[:, counted] += 1
 
     def uses(self, tier: str, ids: Ids) -> Ids:
