@@ -8,12 +8,11 @@ the page cache when it begins.
 """
 
 import json
-import os
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,7 +98,7 @@ def run(plan: offload.Plan, host: int, say: Say) -> Found:
         if done.returncode:
             raise ConfigError(f"the import failed with exit status {done.returncode}: run this again to go on with it")
         imported = time.perf_counter() - started
-    _empty(path)
+    rawdisk.empty_cache(path.rglob("*"))
     rss, opened = psutil.Process().memory_info().rss, time.perf_counter()
     with _database(plan, host) as (engine, contexts):
         opening, opened = time.perf_counter() - opened, time.perf_counter()
@@ -171,15 +170,6 @@ def _chunks(plan: offload.Plan) -> Iterator[Chunk]:
     for start in range(0, plan.tokens, CHUNK):
         n = min(CHUNK, plan.tokens - start)
         yield [heads.chunk(layer, start, n) for layer in range(plan.heads.layers)]
-
-
-def _empty(path: Path) -> None:
-    """Have the system forget what it holds of the store's files."""
-    for file in path.rglob("*"):
-        with suppress(OSError):
-            handle = os.open(file, os.O_RDONLY)
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(handle)
 
 
 def table(found: Found) -> Table:

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from alaya_tiers.blocks import PAGE
 from alaya_tiers.seams import SystemDisk
+from alaya_tiers.tiers.files import aligned
 from alaya_tiers.tools import machine
 from alaya_tiers.tools.machine import Bandwidth
 
@@ -147,13 +147,24 @@ def _fio(file: DiskFile, nbytes: int) -> dict[str, float]:
         return {}
 
 
+def empty_cache(files: Iterable[Path]) -> None:
+    """Have the system forget what it holds of these files; what is not a file, or is gone, is passed over."""
+    for file in files:
+        if file.is_file():
+            with contextlib.suppress(OSError):
+                handle = os.open(file, os.O_RDONLY)
+                os.fsync(handle)
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+                os.close(handle)
+
+
 def page_rate(file: DiskFile, n: int = 8192) -> float:
     """Pages a second, read at random, many under way at once."""
     handle, disk = file.open(os.O_RDONLY), SystemDisk()
     try:
         rng, best = np.random.default_rng(0), 0.0
-        memory = torch.empty((n + 1) * PAGE, dtype=torch.uint8)
-        start = -memory.data_ptr() % PAGE + memory.data_ptr()
+        memory = aligned(n * PAGE)
+        start = memory.ctypes.data
         for _ in range(3):
             at = np.sort(rng.choice(file.nbytes // PAGE, min(n, file.nbytes // PAGE), replace=False)) * PAGE
             k = at.size

@@ -13,7 +13,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,7 +112,7 @@ def run(
             for number in range(rounds):
                 for way in ways:
                     say(f"{tokens:,} tokens: {way.name}, {number + 1} of {rounds}")
-                    _empty(path)
+                    rawdisk.empty_cache([*path.rglob("*"), *path.parent.glob(f"{path.name}-whole-*")])
                     _round(way, path, model, ids)
             kv = tokens * shape.token_bytes
             found.rows.append(Row(tokens, kv, index, kv / found.disk.best, prefill * tokens, ways))
@@ -184,17 +183,6 @@ def _load_whole(way: Way, path: Path, model: Any, ids: Tensor) -> None:
 def _whole(path: Path, layer: int) -> Path:
     """Beside the store, which takes no strange files."""
     return path.with_name(f"{path.name}-whole-{layer}")
-
-
-def _empty(path: Path) -> None:
-    """Have the system forget what it holds of the store's files."""
-    for file in [*path.rglob("*"), *path.parent.glob(f"{path.name}-whole-*")]:
-        if file.is_file():
-            with suppress(OSError):
-                handle = os.open(file, os.O_RDONLY)
-                os.fsync(handle)
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(handle)
 
 
 def table(found: Found) -> Table:
