@@ -34,7 +34,7 @@ class Head:
     """The keys of one head: runs of neighbours, of which some move at each step."""
 
     def __init__(self, steps: Steps, tokens: int, chance: Random) -> None:
-        self._steps, self._chance = steps, chance
+        self._steps = steps
         self._rng: np.random.Generator = np.random.Generator(np.random.PCG64(chance.getrandbits(63)))
         self._size = min(steps.found.whole(chance, 0), max(0, tokens // 2))
         self.age = 1

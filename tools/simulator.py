@@ -233,19 +233,19 @@ class Simulator:
             self.blocks.leave(tier, some)
 
     # ------------------------------------------------------------------ room
-    def _victims(self, candidates: Ids, n: int, now: float) -> Ids:
+    def _victims(self, tier: str, candidates: Ids, n: int, now: float) -> Ids:
         """The first to leave: those whose pause is over, then as the policy likes, then those that are waited for."""
         if not self._paused or n >= candidates.size:
-            return self._ranked(candidates, n)
+            return self._ranked(tier, candidates, n)
         until, found, left = self.blocks.until[candidates], [], n
         for some in (until <= now, until == np.inf, (until > now) & (until < np.inf)):
             if left > 0 and some.any():
-                found.append(self._ranked(candidates[some], left))
+                found.append(self._ranked(tier, candidates[some], left))
                 left -= found[-1].size
         return np.concatenate(found)
 
-    def _ranked(self, candidates: Ids, n: int) -> Ids:
-        blocks, tier = self.blocks, self._tier
+    def _ranked(self, tier: str, candidates: Ids, n: int) -> Ids:
+        blocks = self.blocks
         view = EvictionView(
             candidates, np.zeros(candidates.size, np.int32),  # a block is all layers of its tokens
             blocks.start[candidates], blocks.used[candidates], 0, blocks.pass_tick, 1,
@@ -255,7 +255,6 @@ class Simulator:
         return self.policy.victims(view, n)
 
     def _excess(self, tier: str) -> int:
-        self._tier = tier
         over = self.shelf[tier].size - self.capacity[tier]
         return min(self.shelf[tier].size, max(over, int(self.slack * self.capacity[tier]))) if over > 0 else 0
 
@@ -263,13 +262,13 @@ class Simulator:
         """Every tier back to its capacity; when there is room."""
         room = now
         if n := self._excess(DEVICE):
-            room = self._demote(self._victims(self.shelf[DEVICE].members, n, now), now)
+            room = self._demote(self._victims(DEVICE, self.shelf[DEVICE].members, n, now), now)
         if n := self._excess(HOST):
             room = max(room, self._clean(now, n))
             candidates = self.shelf[HOST].members
             if self.capacity[SSD]:
                 candidates = candidates[self.shelf[SSD].has(candidates)]
-            out = self._victims(candidates, n, now)
+            out = self._victims(HOST, candidates, n, now)
             self.blocks.leave(HOST, out)
             self._forget(out)
         self._ssd_room(now)
@@ -303,7 +302,7 @@ class Simulator:
         if not (n := self._excess(SSD)):
             return
         out = self._leaving(self._asking, n, now)
-        self._drop(out if out.size else self._victims(self.shelf[SSD].members, n, now))
+        self._drop(out if out.size else self._victims(SSD, self.shelf[SSD].members, n, now))
 
     def _leaving(self, tenant: str, n: int, now: float) -> Ids:
         """What ``shares`` takes from the ssd so that ``n`` blocks are free and the tenant has no more than it may."""

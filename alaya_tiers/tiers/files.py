@@ -108,11 +108,6 @@ class SegmentFile:
         return self.offsets.size * self.stride
 
     @property
-    def index_at(self) -> int:
-        """Where the index starts, behind them."""
-        return self.data_bytes + digests_bytes(self.pages.shape)
-
-    @property
     def full(self) -> bool:
         """Whether every block is written."""
         return self.written == self.offsets.size
