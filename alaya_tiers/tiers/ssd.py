@@ -358,10 +358,12 @@ class SsdTier:
             self._ask(untold)
         for number in np.unique(numbers).tolist():
             file, mine = self.files[number], numbers == number
-            blocks, where = np.unique(offsets[mine] // file.stride, return_index=True)
-            wanted = digests[mine][where]
-            new = ~file.known[blocks]
-            blocks, wanted = blocks[new], wanted[new]
+            at = offsets[mine] // file.stride
+            new = ~file.known[at]
+            if not new.any():
+                continue
+            blocks, where = np.unique(at[new], return_index=True)
+            wanted = digests[mine][new][where]
             fine = digest.of_pages(file.pages[blocks]) == wanted
             file.known[blocks[fine]] = True
             for block, one in zip(blocks[~fine].tolist(), wanted[~fine], strict=True):
