@@ -11,6 +11,7 @@ AlayaError
 ├── ModelChanged (RuntimeError)         the cache was filled by a model with other weights; nothing was run
 ├── StaleHandle (RuntimeError)          keys or values of an earlier step were used after the cache moved on
 ├── SessionClosed (RuntimeError)        the session was closed, or used in a forked process
+├── KernelMissing (ImportError)         the compiled kernel is not there, or of other sources: install again (kernel.py)
 ├── DeviceError (RuntimeError)          the GPU would not do what the device tier needs; says what to change
 └── StoreError (OSError)                the directory on disk; what was stored before stays readable
     ├── StoreUnwritable (PermissionError)    the directory cannot be created or written

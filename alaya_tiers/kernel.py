@@ -14,13 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from alaya_tiers.errors import AlayaError
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """Storage dtypes the kernel reads, with their number in attend.c."""
 
 _COPY_PAYS = 1 << 20  # bytes from which a second thread makes a copy faster
 
 
-class KernelMissing(ImportError):
+class KernelMissing(AlayaError, ImportError):
     """The compiled kernel is not there: the package was not built, or built for another Python."""
 
 

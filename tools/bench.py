@@ -6,12 +6,8 @@ are what counts, and they are of the fastest steps: on a shared machine times do
 """
 
 import gc
-import importlib
-import importlib.util
-import json
 import os
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,8 +23,8 @@ from rich.table import Table
 from transformers import DynamicCache
 
 from alaya_tiers.config import format_bytes
-from alaya_tiers.errors import AlayaError, ConfigError
-from alaya_tiers.tools import machine, rawdisk
+from alaya_tiers.errors import ConfigError
+from alaya_tiers.tools import machine, rawdisk, reporting
 from alaya_tiers.tools.baselines import (
     COMPETITORS,
     IN_PLACE,
@@ -47,6 +43,7 @@ from alaya_tiers.tools.baselines import (
     parse_contexts,
 )
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
+from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
 
 SPEED_FLOOR, SPEED_FROM = 5.0, 32 << 10
 """Our exact decode against the reference, for contexts from this many tokens on; below, the linear layers decide."""
@@ -291,7 +288,7 @@ def _floor_table(report: Report) -> Table:
 
 def plot(report: Report, path: Path) -> None:
     """Milliseconds a token over context length, as a picture. Needs matplotlib."""
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot = reporting.pyplot()
     figure, axes = pyplot.subplots()
     for name in (c.name for c in report.bench.competitors):
         points = [(row.tokens, m.median * 1e3) for row in report.rows if (m := row.of(name)) is not None]
@@ -318,8 +315,8 @@ def decode_command(
     kv_heads: int = 4,
     head_dim: int = 64,
     directory: Annotated[str | None, typer.Option("--dir", help="A directory on the disk to measure.")] = None,
-    json_file: Annotated[str | None, typer.Option("--json", help="Write all numbers to a file; - is stdout.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG; needs matplotlib.")] = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="Also sparse attention: its logits differ.")] = False,
     sharpness: Annotated[float, typer.Option(help="Standard deviation of scores; 6 is a sharp head.")] = 3.0,
     quick: Annotated[bool, typer.Option(help="Two steps each: shows that it runs, measures nothing.")] = False,
@@ -327,8 +324,7 @@ def decode_command(
     """Exact decode against DynamicCache, and against what memory and disk allow."""
     errors = Console(stderr=True)
     with one_line_errors(errors):
-        if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+        need_matplotlib(plot_file)
         bench = Bench(
             shape=Shape(layers, hidden, heads, kv_heads, head_dim, dtype),
             contexts=parse_contexts(contexts),
@@ -340,28 +336,9 @@ def decode_command(
         )
         with _progress(errors, bench.rounds) as say:
             report = run(bench, say)
-        _show(report, errors, json_file)
+        show(tables(report), report.as_dict(), json_file)
         if plot_file is not None:
             plot(report, plot_file)
-
-
-@contextmanager
-def one_line_errors(console: Console) -> Iterator[None]:
-    """What goes wrong is one line and an exit code: 2 for options that make no sense, 1 for all else."""
-    try:
-        yield
-    except (AlayaError, OSError) as error:
-        console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
-
-
-def _show(report: Report, errors: Console, json_file: str | None) -> None:
-    console = errors if json_file == "-" else Console()
-    for table in tables(report):
-        console.print(table)
-    if json_file is not None:
-        text = json.dumps(report.as_dict(), indent=1) + "\n"
-        sys.stdout.write(text) if json_file == "-" else Path(json_file).write_text(text, encoding="utf-8")
 
 
 @contextmanager

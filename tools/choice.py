@@ -6,10 +6,6 @@ is what DIPR took on average) and at equal quality (the k whose mean mass is DIP
 of a model that reads a text. Source: AlayaDB (arXiv 2504.10326), 6.1.1.
 """
 
-import importlib
-import importlib.util
-import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,11 +20,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import machine
-from alaya_tiers.tools.bench import one_line_errors
+from alaya_tiers.tools import machine, reporting
 from alaya_tiers.tools.corpus import read_text
 from alaya_tiers.tools.demo import load
 from alaya_tiers.tools.heads import Heads, Plan
+from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
 
 SPREADS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 """Standard deviations of the scores of the heads that are compared: a model has all kinds."""
@@ -156,7 +152,7 @@ def table(found: list[Compared], title: str) -> Table:
 
 def plot(found: list[Compared], path: Path) -> None:
     """Mass and tokens of each head, DIPR beside top-k at equal tokens and at equal mass. Needs matplotlib."""
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot = reporting.pyplot()
     figure, axes = pyplot.subplots(2, len(found), figsize=(4 * len(found), 7), squeeze=False)
     for column, each in enumerate(found):
         heads = sorted(each.dipr.by_head, key=lambda head: each.dipr.by_head[head][0])
@@ -186,8 +182,8 @@ def command(
     text: Annotated[
         Path | None, typer.Option(help="The text. [dim]default: unseen.txt of the folder[/dim]", show_default=False)
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG; needs matplotlib.")] = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
 ) -> None:
     """DIPR against top-k on heads of mixed sharpness, or those of a model.
 
@@ -195,8 +191,7 @@ def command(
     """
     errors = Console(stderr=True)
     with one_line_errors(errors):
-        if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib: pip install 'alaya-tiers[plots]'")
+        need_matplotlib(plot_file)
         tokens = (131_072 if model is None else 4096) if tokens is None else tokens
         queries = (8 if model is None else 64) if queries is None else queries
         if min(tokens, queries) < 1:
@@ -205,14 +200,8 @@ def command(
             w = synthetic(tokens, queries) if model is None else of_model(model, text, tokens, queries)
     found = [compare(w, alpha) for alpha in ALPHAS]
     source = "synthetic heads" if model is None else f"heads of {Path(model).name}"
-    Console(file=sys.stdout).print(table(found, f"{tokens:,} keys, {len(w)} {source}, {queries} queries each"))
+    facts = {"benchmark": "choice", "machine": machine.describe(), "tokens": tokens, "heads": source}
+    made = table(found, f"{tokens:,} keys, {len(w)} {source}, {queries} queries each")
+    show([made], facts | {"found": [asdict(each) for each in found]}, json_file)
     if plot_file is not None:
         plot(found, plot_file)
-    if json_file is not None:
-        facts: dict[str, Any] = {
-            "benchmark": "choice",
-            "machine": machine.describe(),
-            "tokens": tokens,
-            "heads": source,
-        }
-        json_file.write_text(json.dumps(facts | {"found": [asdict(each) for each in found]}, indent=1) + "\n")

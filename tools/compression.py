@@ -4,9 +4,7 @@ Blocks as they are stored, each compressed by itself, by the codecs any Zarr rea
 more than one core needs to decode, both at once: min(disk x ratio, decode) against the disk's own speed.
 """
 
-import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,12 +26,13 @@ from transformers import DynamicCache
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.tools import machine, rawdisk
-from alaya_tiers.tools.bench import BUSY, one_line_errors
+from alaya_tiers.tools.bench import BUSY
 from alaya_tiers.tools.corpus import WordTokenizer, stdlib_text
 from alaya_tiers.tools.demo import SLOTS, load
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
 from alaya_tiers.tools.quality import prefilled
 from alaya_tiers.tools.quotation import build_model, fill
+from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
 
 BLOCK = 256
 CODECS: dict[str, Callable[[], Any]] = {
@@ -182,7 +181,7 @@ def command(
     tokens: Annotated[int, typer.Option(help="Tokens read.")] = 4096,
     rounds: Annotated[int, typer.Option(help="How often; the fastest counts.")] = 5,
     directory: Annotated[str | None, typer.Option("--dir", help="A directory on the disk to measure.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """What lossless codecs make of keys and values. Example: alaya-tiers bench compression --model tests/data/recall"""
     errors = Console(stderr=True)
@@ -191,6 +190,4 @@ def command(
             raise ConfigError(f"--tokens is at least {BLOCK}, --rounds at least 1")
         with errors.status("model") as status:
             found = run(model, tokens, rounds, directory, status.update)
-    Console(file=sys.stdout).print(table(found))
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    show([table(found)], found.as_dict(), json_file)

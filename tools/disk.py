@@ -5,12 +5,8 @@ way, straight into slots, every block compared with its digest. Beside it the sa
 preadv and pwritev on as many threads (and by fio where it is installed), by turns, in the same run.
 """
 
-import importlib
-import importlib.util
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,10 +22,11 @@ from rich.table import Table
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
-from alaya_tiers.tools import machine, rawdisk
+from alaya_tiers.tools import machine, rawdisk, reporting
 from alaya_tiers.tools.baselines import VOCABULARY, Shape, build_model
-from alaya_tiers.tools.bench import BUSY, one_line_errors
+from alaya_tiers.tools.bench import BUSY
 from alaya_tiers.tools.machine import CpuUse
+from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
 from alaya_tiers.tools.transfers import AT_RANDOM, HUGE, Say, Transfer, transfers
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -174,7 +171,7 @@ def _prefill_table(found: Found) -> Table:
 
 def plot(found: Found, path: Path) -> None:
     """Bytes a second over block size, ours and plain, for each depth. Needs matplotlib."""
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot = reporting.pyplot()
     figure, axes = pyplot.subplots()
     for color, depth in enumerate(sorted({t.depth for t in found.transfers})):
         some = [t for t in found.transfers if t.depth == depth and t.what == AT_RANDOM]
@@ -200,15 +197,14 @@ def command(
     kv_heads: int = 4,
     head_dim: int = 64,
     directory: Annotated[str | None, typer.Option("--dir", help="A directory on the disk to measure.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG; needs matplotlib.")] = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
     quick: Annotated[bool, typer.Option(help="Shows that it runs, measures nothing.")] = False,
 ) -> None:
     """Cold reads and writes of blocks against plain ones; what write-behind costs a prefill."""
     errors = Console(stderr=True)
     with one_line_errors(errors):
-        if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib: pip install matplotlib")
+        need_matplotlib(plot_file)
         numbers = [_numbers("--sizes", sizes), _numbers("--depths", depths)]
         if any(size % 4 for size in numbers[0]):
             raise ConfigError("--sizes are multiples of 4 KiB, a page")
@@ -224,11 +220,7 @@ def command(
             found = run(wanted, numbers[1], mib * MIB, rounds, tokens, shape, directory, status.update)
         if plot_file is not None:
             plot(found, plot_file)
-    console = Console(file=sys.stdout)
-    for table in tables(found):
-        console.print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    show(tables(found), found.as_dict(), json_file)
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -11,10 +11,6 @@ A model by its sizes, random weights, synthetic keys and values. Measured, each 
 ``--device simulated`` runs all of it over the simulated device: that the script works, never how fast anything is.
 """
 
-import importlib
-import importlib.util
-import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -43,8 +39,8 @@ from alaya_tiers.tiers.host import HostTier
 from alaya_tiers.tiers.lanes import Lanes
 from alaya_tiers.tools import machine
 from alaya_tiers.tools.baselines import FILL_TOKENS, VOCABULARY, Context, Shape, build_model, in_place, parse_contexts
-from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.gpu_report import REFERENCE, WAYS, Decode, Found, plot, tables
+from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, results, write
 
 Say = Callable[[str], None]
 
@@ -323,8 +319,8 @@ def command(
     dtype: Annotated[str, typer.Option(help="bf16 or fp32.")] = "bf16",
     seconds: Annotated[float, typer.Option(help="What does not fit into so much time is left out, and said.")] = 540,
     directory: Annotated[Path | None, typer.Option(help="Where the ssd tier is.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG; needs matplotlib.")] = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
 ) -> None:
     """The device tier on a GPU: copies, decode, first token, prefill. Sizes are Llama-3.1-8B's, with fewer layers.
 
@@ -336,13 +332,12 @@ def command(
             raise ConfigError(f"--device {device!r}: choose cuda, cpu or simulated")
         if device == "cuda" and not torch.cuda.is_available():
             raise ConfigError("there is no CUDA device here; --device simulated runs the same without one")
-        if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib: pip install 'alaya-tiers[plots]'")
+        need_matplotlib(plot_file)
         shape = Shape(layers, hidden, heads, kv_heads, head_dim, dtype)
         with tempfile.TemporaryDirectory(prefix="bench-alaya-", dir=directory) as folder, errors.status("") as status:
             bench = Bench(shape, parse_contexts(contexts), device, seconds, Path(folder), status.update)
             found = run(bench)
-    console = Console(file=sys.stdout)
+    console = results(json_file)
     for made in tables(found):
         console.print(made)
     for each in found.decode:
@@ -352,5 +347,4 @@ def command(
         console.print(f"left out, no time: {name}", highlight=False)
     if plot_file is not None:
         plot(found, plot_file)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n")
+    write(found.as_dict(), json_file)

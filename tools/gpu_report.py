@@ -1,6 +1,5 @@
 """What `alaya-tiers bench gpu` finds: as values, tables and a picture."""
 
-import importlib
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from alaya_tiers.tools import reporting
 from alaya_tiers.tools.baselines import Shape
 
 REFERENCE = "full, GPU"
@@ -87,7 +87,7 @@ def _cell(by_way: dict[str, Decode], way: str) -> str:
 
 def plot(found: Found, path: Path) -> None:
     """Decode steps over context lengths, and copies beside the bus. Needs matplotlib."""
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot = reporting.pyplot()
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.5))
     for way in WAYS:
         points = [(each.tokens, 1e3 * each.median) for each in found.decode if each.name == way and each.seconds]

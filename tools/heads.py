@@ -4,14 +4,11 @@ One decode step of a few layers, without a model, over synthetic heads whose sta
 all keys and values once at the machine's own memory bandwidth: no exact attention can be faster.
 """
 
-import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -29,8 +26,8 @@ from alaya_tiers.index.plan import History
 from alaya_tiers.stats import SparseUse
 from alaya_tiers.tools import machine
 from alaya_tiers.tools.baselines import DTYPES, parse_contexts
-from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
+from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
 
 Say = Callable[[str], None]
 
@@ -291,7 +288,7 @@ def command(
     group: int = 4,
     head_dim: int = 64,
     steps: Annotated[int, typer.Option(help="Steps of each kind.")] = 15,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option(help="Shows that it runs, measures nothing.")] = False,
 ) -> None:
     """Sparse attention against exact attention. Example: alaya-tiers bench attention --contexts 32K,128K,1M"""
@@ -304,8 +301,4 @@ def command(
         )  # fmt: skip
         with errors.status("memory") as status:
             found = run(plan, status.update)
-    console = Console(file=sys.stdout)
-    for table in tables(found):
-        console.print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    show(tables(found), found.as_dict(), json_file)

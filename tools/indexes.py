@@ -11,10 +11,8 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
-import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -31,11 +29,11 @@ from torch import Tensor
 
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.index import Flat
-from alaya_tiers.tools import machine
+from alaya_tiers.tools import machine, reporting
 from alaya_tiers.tools.baselines import parse_contexts
-from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.contenders import CONTENDERS, NAMES, Built, Contender, Search
 from alaya_tiers.tools.machine import CpuUse
+from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
 from alaya_tiers.tools.synthetic import KINDS, Head
 
 Say = Callable[[str], None]
@@ -306,7 +304,7 @@ def _filter_table(found: Found) -> Table:
 
 def plot(found: Found, path: Path) -> None:
     """Recall against time, a picture for each length and kind of head. Needs matplotlib."""
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot = reporting.pyplot()
     kinds, contexts = found.plan.kinds, list(found.rows)
     size = (4.2 * len(kinds), 3.4 * len(contexts))
     figure, grid = pyplot.subplots(len(contexts), len(kinds), squeeze=False, sharex=True, sharey=True, figsize=size)
@@ -335,15 +333,14 @@ def command(
     steps: Annotated[int, typer.Option(help="Query groups of each kind of head.")] = 16,
     threads: Annotated[int, typer.Option(help="Of every contender; a model has other heads for the others.")] = 1,
     visible: Annotated[int, typer.Option(help="Keys seen of larger contexts: what a filter costs; 0: skip.")] = 40_960,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG; needs matplotlib.")] = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
     quick: Annotated[bool, typer.Option(help="Shows that it runs, measures nothing.")] = False,
 ) -> None:
     """Indexes against each other at equal recall. Example: alaya-tiers bench index --contexts 32K --only flat,codes8"""
     errors = Console(stderr=True)
     with one_line_errors(errors):
-        if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib: pip install 'alaya-tiers[plots]'")
+        need_matplotlib(plot_file)
         few = {"steps": 2, "visible": min(visible, 1024), "cold_bytes": 0} if quick else {}
         plan = Plan(
             contexts=parse_contexts(contexts),
@@ -356,11 +353,6 @@ def command(
             found = run(plan, status.update)
         if not any(found.rows.values()):
             raise ConfigError("; ".join(f"{name}: {why}" for name, why in found.skipped.items()))
-    console = Console(file=sys.stdout)
-    console.width = max(console.width, WIDTH)
-    for table in tables(found):
-        console.print(table)
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    show(tables(found), found.as_dict(), json_file)
     if plot_file is not None:
         plot(found, plot_file)

@@ -2,8 +2,6 @@
 
 import base64
 import html
-import importlib
-import importlib.util
 import io
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +14,12 @@ from rich.console import Console
 
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import profile, recorded
+from alaya_tiers.tools import profile, recorded, reporting
 from alaya_tiers.tools.phases import Part
 from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Read, Recording, open_recording
 from alaya_tiers.tools.replay import Replay
+from alaya_tiers.tools.reporting import need_matplotlib
 
 BINS = 256
 """Pieces the context is cut into."""
@@ -201,7 +200,7 @@ def save(path: Path, recording: Recording, known: Profile, step: int, pictures: 
 
     Raises TraceError, ConfigError.
     """
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot = reporting.pyplot()
     seen, found = look(recording), Residency()
     if "residency" in pictures:
         found = residency(recording, known)
@@ -248,8 +247,7 @@ def command(
     any_machine: Annotated[bool, typer.Option("--any-machine", help="The profile may be another machine's.")] = False,
 ) -> None:
     """Draws what a recorded run did: tokens each head attends, DIPR set sizes, residency over time, one step."""
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("inspect needs matplotlib: pip install 'alaya-tiers[plots]'")
+    need_matplotlib(output)
     if output.suffix not in (".png", ".html"):
         raise ConfigError(f"pictures are .png or .html, not {output.suffix!r}")
     chosen = PICTURES if only is None else tuple(name.strip() for name in only.split(","))

@@ -32,11 +32,11 @@ from alaya_tiers.identity import Identity, Tokens, model_digest
 from alaya_tiers.parts import Chunk
 from alaya_tiers.tools import machine, offload, rawdisk
 from alaya_tiers.tools.baselines import DTYPES, parse_contexts
-from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.heads import Heads
 from alaya_tiers.tools.heads import Plan as HeadsPlan
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
 from alaya_tiers.tools.offload import Say, Way
+from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
 
 CHUNK = 8192
 """Tokens imported at a time, all layers."""
@@ -222,7 +222,7 @@ def command(
     head_dim: int = 64,
     steps: Annotated[int, typer.Option(help="Steps measured.")] = 20,
     warm: Annotated[int, typer.Option(help="Steps before.")] = 20,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option(help="Shows that it runs, measures nothing.")] = False,
 ) -> None:
     """Decode a stored context larger than memory. Example: alaya-tiers bench larger --path /mnt/ssd/larger"""
@@ -240,9 +240,7 @@ def command(
         )  # fmt: skip
         with errors.status("disk") as status:
             found = run(plan, host, status.update)
-    Console(file=sys.stdout).print(table(found))
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    show([table(found)], found.as_dict(), json_file)
 
 
 if __name__ == "__main__":

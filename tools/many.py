@@ -4,7 +4,6 @@ All contexts begin alike and part inside their first segment, where hashes of wh
 of a lookup. Before each opening a process that stores is killed.
 """
 
-import json
 import os
 import signal
 import statistics
@@ -30,8 +29,8 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.identity import Identity, Tokens, model_digest
 from alaya_tiers.tools import machine
-from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.machine import CpuUse
+from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
 
 Say = Callable[[str], None]
 
@@ -196,7 +195,7 @@ def command(
     layers: Annotated[int, typer.Option(help="Layers of the model.")] = 2,
     rounds: Annotated[int, typer.Option(help="How often a store is killed, opened and asked.")] = 3,
     directory: Annotated[str | None, typer.Option("--dir", help="A directory on the disk to measure.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """A store of many contexts: opening, looking up, storing. Example: alaya-tiers bench contexts --counts 100,1000"""
     errors = Console(stderr=True)
@@ -209,6 +208,4 @@ def command(
             raise ConfigError("--counts, --layers and --rounds must be positive")
         with errors.status("starting") as status:
             found = run(sizes, layers, rounds, directory, status.update)
-    Console(file=sys.stdout).print(table(found))
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    show([table(found)], found.as_dict(), json_file)

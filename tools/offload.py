@@ -8,10 +8,8 @@ and policy by policy. O_DIRECT where the file system can: the page cache does no
 import contextlib
 import ctypes
 import itertools
-import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -30,10 +28,10 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.tools import machine, rawdisk
 from alaya_tiers.tools.baselines import DTYPES, parse_contexts
-from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.heads import CHUNK, HEADS, Heads
 from alaya_tiers.tools.heads import Plan as HeadsPlan
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
+from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
 
 Say = Callable[[str], None]
 
@@ -267,7 +265,7 @@ def command(
     warm: Annotated[int, typer.Option(help="Steps before.")] = 20,
     in_memory: Annotated[bool, typer.Option(help="Also measure with everything in memory.")] = True,
     path: Annotated[Path | None, typer.Option(help="Directory on the disk to measure.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option(help="Shows that it runs, measures nothing.")] = False,
 ) -> None:
     """Sparse decoding with most KV on SSD. Example: alaya-tiers bench offload --guess none,last,beside,across,hot"""
@@ -284,6 +282,4 @@ def command(
         )  # fmt: skip
         with errors.status("disk") as status:
             found = run(plan, status.update)
-    Console(file=sys.stdout).print(table(found))
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    show([table(found)], found.as_dict(), json_file)

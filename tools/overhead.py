@@ -4,12 +4,9 @@ A short prompt, everything in memory: ``generate`` with DynamicCache and with ou
 hits both. What counts is the median of the ratios of neighbours.
 """
 
-import json
 import statistics
-import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -24,8 +21,8 @@ from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
 from alaya_tiers.tools import machine
 from alaya_tiers.tools.baselines import VOCABULARY, Shape, build_model
-from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.machine import CpuUse
+from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
 
 GOAL = 1.05
 """``generate`` with a tiered cache may take this many times as long as with DynamicCache."""
@@ -160,7 +157,7 @@ def command(
     heads: int = 16,
     kv_heads: int = 4,
     head_dim: int = 64,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Cost of the integration with a short context, against DynamicCache. Example: alaya-tiers bench overhead"""
     errors = Console(stderr=True)
@@ -170,6 +167,4 @@ def command(
         shape = Shape(layers, hidden, heads, kv_heads, head_dim, dtype)
     with errors.status(f"{rounds + 1} rounds of {len(WAYS)} ways"):
         found = measure(shape, prompt, new, rounds)
-    Console(file=sys.stdout).print(table(found))
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    show([table(found)], found.as_dict(), json_file)

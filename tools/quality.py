@@ -10,10 +10,6 @@ exactly where that would be faster, as it would in use: answers in use can only 
 """
 
 import copy
-import importlib
-import importlib.util
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,13 +27,13 @@ from transformers import DynamicCache
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
 from alaya_tiers.stats import SparseUse
-from alaya_tiers.tools import machine, quoted
+from alaya_tiers.tools import machine, quoted, reporting
 from alaya_tiers.tools.baselines import parse_contexts
-from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.corpus import read_text
 from alaya_tiers.tools.demo import load
 from alaya_tiers.tools.machine import CpuUse
 from alaya_tiers.tools.recall import Question, Tasks
+from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, results, write
 
 Say = Callable[[str], None]
 
@@ -240,7 +236,7 @@ def _use(use: dict[str, Any] | None, beyond: float) -> list[str]:
 
 def plot(found: Found, path: Path) -> None:
     """Loss above full attention and share of answers kept, over the share of tokens attended. Needs matplotlib."""
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot = reporting.pyplot()
     tasks = [task for task in TASKS if any(row[0].task == task for row in found.trained)]
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(5 * len(tasks), 4), squeeze=False)
     for place, task in zip(axes[0], tasks, strict=True):
@@ -286,8 +282,8 @@ def command(
     each: Annotated[int, typer.Option(min=1, help="Contexts of each task and length.")] = 4,
     questions: Annotated[int, typer.Option(min=1, help="Questions about each.")] = 8,
     threads: Annotated[int | None, typer.Option(min=1, help="Threads of torch.", show_default=False)] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG; needs matplotlib.")] = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
     quick: Annotated[bool, typer.Option(help="Shows that it runs, measures little.")] = False,
 ) -> None:
     """What sparse attention loses against full attention. The SSD tier is where ALAYA_TIERS_DIR says.
@@ -296,8 +292,7 @@ def command(
     """
     errors = Console(stderr=True)
     with one_line_errors(errors):
-        if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib: pip install 'alaya-tiers[plots]'")
+        need_matplotlib(plot_file)
         if threads is not None:
             torch.set_num_threads(threads)
         lengths, words = ([] if x == "0" else parse_contexts(x) for x in (contexts, quotation))
@@ -308,14 +303,14 @@ def command(
             lengths, words, shares, each, questions = lengths and [512], words and [2048], shares[:1], 1, 2
         began, folder = CpuUse.now(), MODEL if model is None else model
         found = Found(machine.describe(), folder.name, each, [], [])
-        console = Console(file=sys.stdout)
+        console = results(json_file)
 
         def keep(made: Table) -> None:
             """Show and write what there is so far: all of it takes long."""
             console.print(made)
             found.cpu_of_others = CpuUse.now().others_since(began)
-            if json_file is not None:
-                json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+            if str(json_file) != "-":
+                write(found.as_dict(), json_file)
 
         with errors.status("quality") as status:
             if lengths:
@@ -327,6 +322,7 @@ def command(
                 found.quoted.append(quoted.run(n, shares, questions, text, status.update))
                 keep(quoted.table(found.quoted[-1]))
     console.print(f"Others took {found.cpu_of_others:.0%} of the cores.")
+    write(found.as_dict(), json_file)
     if plot_file is not None:
         plot(found, plot_file)
 

@@ -5,12 +5,8 @@ every attention, and every job of the SSD's threads becomes a span. Reading is h
 forward does not wait for it.
 """
 
-import importlib
-import importlib.util
-import json
 import os
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -31,10 +27,10 @@ from alaya_tiers.cache import Session
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
-from alaya_tiers.tools import machine
+from alaya_tiers.tools import machine, reporting
 from alaya_tiers.tools.baselines import VOCABULARY, Context, Shape, build_model, parse_contexts
-from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.machine import CpuUse
+from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
 
 ATTENTION, INDEX, WAIT, READ, WRITE, STEP = "attention", "index", "wait", "read", "write", "step"
 COLORS = {
@@ -215,7 +211,7 @@ def table(found: Found) -> Table:
 
 def plot(found: Found, path: Path, shown: int = 4) -> None:
     """The last steps, lane by lane. Needs matplotlib."""
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    pyplot = reporting.pyplot()
     start = [s for s in found.spans if s.what == STEP][-shown:][0].start
     spans = [s for s in found.spans if s.end > start]
     lanes = ["forward", *sorted({s.lane for s in spans} - {"forward"})]
@@ -249,14 +245,13 @@ def command(
     kv_heads: int = 4,
     head_dim: int = 64,
     directory: Annotated[str | None, typer.Option("--dir", help="A directory on the disk to measure.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all spans to a file.")] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Draw a PNG; needs matplotlib.")] = None,
+    json_file: JsonFile = None,
+    plot_file: PlotFile = None,
 ) -> None:
     """Where the time of a decode step goes while the disk is read. Example: bench timeline --plot timeline.png"""
     errors = Console(stderr=True)
     with one_line_errors(errors):
-        if plot_file is not None and importlib.util.find_spec("matplotlib") is None:
-            raise ConfigError("--plot needs matplotlib: pip install 'alaya-tiers[plots]'")
+        need_matplotlib(plot_file)
         lengths = parse_contexts(context)
         if len(lengths) != 1 or min(lengths[0], steps) < 1 or times <= 0:
             raise ConfigError("--context is one length; --context, --steps and --times are positive")
@@ -265,6 +260,4 @@ def command(
             found = run(shape, lengths[0], times, steps, mode, sharpness, directory, prefetch)
         if plot_file is not None:
             plot(found, plot_file)
-    Console(file=sys.stdout).print(table(found))
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    show([table(found)], found.as_dict(), json_file)

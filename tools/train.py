@@ -30,9 +30,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.tools import machine
-from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.corpus import read_text
 from alaya_tiers.tools.recall import TASKS, Tasks, fit_tokenizer
+from alaya_tiers.tools.reporting import one_line_errors
 
 HELD_OUT = 0.05
 """The last share of each book is not trained on."""

@@ -6,10 +6,8 @@ everything into a DynamicCache, then decode with sdpa; here from files of nothin
 in memory, read by one call for each layer, so that no format is in the way.
 """
 
-import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -31,8 +29,8 @@ from alaya_tiers.hf.db import DB
 from alaya_tiers.parts import Chunk
 from alaya_tiers.tools import machine, rawdisk
 from alaya_tiers.tools.baselines import FILL_TOKENS, VOCABULARY, Context, Shape, build_model, parse_contexts
-from alaya_tiers.tools.bench import one_line_errors
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
+from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
 
 Say = Callable[[str], None]
 
@@ -221,7 +219,7 @@ def command(
     kv_heads: int = 4,
     head_dim: int = 64,
     directory: Annotated[str | None, typer.Option("--dir", help="A directory on the disk to measure.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to a file.")] = None,
+    json_file: JsonFile = None,
     quick: Annotated[bool, typer.Option(help="Shows that it runs, measures nothing.")] = False,
 ) -> None:
     """First token from a stored context, against loading it whole. Example: alaya-tiers bench ttft --contexts 32K"""
@@ -233,6 +231,4 @@ def command(
         shape = Shape(layers, hidden, heads, kv_heads, head_dim, dtype)
         with errors.status("disk and model") as status:
             found = run(shape, lengths, 1 if quick else rounds, sharpness, directory, status.update)
-    Console(file=sys.stdout).print(table(found))
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.as_dict(), indent=1) + "\n", encoding="utf-8")
+    show([table(found)], found.as_dict(), json_file)
