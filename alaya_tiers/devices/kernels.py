@@ -28,6 +28,9 @@ MOST_ROWS = 64
 TILE = 64
 """Tokens attended at a time."""
 
+GATHERED = 16
+"""Tokens that one program copies."""
+
 PROGRAMS = 264
 """Programs that a launch aims at: two for each multiprocessor of a large GPU."""
 
@@ -58,7 +61,6 @@ def attend_blocks(
             q.contiguous(), table.addresses, table.starts, table.counts, lo, hi, parts.out, parts.lse, parts.top,
             table.addresses.stride(0), blocks, per, scale, softcap or 0.0, rows, table.most,
             **_constants(q, table.k_dim, table.v_dim, table.dtype, rows),
-            ALIGNED=(table.k_dim + table.v_dim) * table.dtype.itemsize % 16 == 0,  # slots begin at pages
         )  # fmt: skip
     if top is not None:
         top.copy_(parts.top.amax(1))
@@ -95,7 +97,7 @@ def merge(out: Tensor, lse: Tensor) -> Partial:
         return Partial(out[:, 0], lse[:, 0])
     whole = Partial(out.new_empty(heads, rows, v_dim), lse.new_empty(heads, rows))
     _merge[heads, rows](
-        out, lse, whole.out, whole.lse, splits, rows, v_dim, SPLITS=_power(splits, 1), V=_power(v_dim, 16)
+        out, lse, whole.out, whole.lse, splits, rows, v_dim, SPLITS=power(splits, 1), V=power(v_dim, 16)
     )
     return whole
 
@@ -105,9 +107,10 @@ def gather(addresses: Tensor, starts: Tensor, counts: Tensor, most: int, lo: int
     heads, blocks = addresses.shape
     width = rows.shape[-1]
     if blocks and rows.numel():
-        _gather[heads, blocks, -(-most // TILE)](
+        _gather[heads, blocks, -(-most // GATHERED)](
             addresses, starts, counts, rows, addresses.stride(0), rows.stride(0), lo, hi,
-            DTYPE=DTYPES[rows.dtype], WIDTH=width, W=_power(width, 16), TILE=TILE,
+            DTYPE=DTYPES[rows.dtype], WIDTH=width, W=power(width, 16), TILE=GATHERED,
+            ALIGNED=_aligned(width, rows.dtype),
         )  # fmt: skip
 
 
@@ -118,7 +121,7 @@ def write_rows(k: Tensor, v: Tensor, addresses: Tensor) -> None:
     if n:
         _write_rows[heads, n](
             k, v, addresses, *k.stride(), *v.stride(),
-            DTYPE=DTYPES[k.dtype], K_DIM=k_dim, V_DIM=v_dim, W=_power(k_dim + v_dim, 16),
+            DTYPE=DTYPES[k.dtype], K_DIM=k_dim, V_DIM=v_dim, W=power(k_dim + v_dim, 16),
         )  # fmt: skip
 
 
@@ -141,7 +144,7 @@ class _Parts(NamedTuple):
         return cls(torch.zeros(heads, splits, rows, v_dim, device=q.device), nothing[0], nothing[1])
 
 
-def _power(n: int, least: int) -> int:
+def power(n: int, least: int) -> int:
     return max(least, int(triton.next_power_of_2(n)))
 
 
@@ -150,9 +153,19 @@ def _constants(q: Tensor, k_dim: int, v_dim: int, dtype: torch.dtype, rows: int)
     exact |= dtype == torch.bfloat16 and bool(triton.knobs.runtime.interpret)  # numpy has no bfloat16 to multiply
     return {
         "DTYPE": DTYPES[dtype], "COMPUTE": tl.float32 if exact else DTYPES[dtype],
-        "K_DIM": k_dim, "V_DIM": v_dim, "K": _power(k_dim, 16), "V": _power(v_dim, 16), "R": _power(rows, 16),
-        "TILE": TILE,
+        "K_DIM": k_dim, "V_DIM": v_dim, "K": power(k_dim, 16), "V": power(v_dim, 16), "R": power(rows, 16),
+        "TILE": _tile_of(k_dim + v_dim, 4 if exact else dtype.itemsize), "ALIGNED": _aligned(k_dim + v_dim, dtype),
     }  # fmt: skip
+
+
+def _tile_of(width: int, itemsize: int) -> int:
+    """Tokens attended at a time: what is on its way at once must fit the shared memory of any GPU since 2020."""
+    return max(16, min(TILE, 32768 // (power(width, 16) * itemsize)))
+
+
+def _aligned(width: int, dtype: torch.dtype) -> bool:
+    """Whether every row begins at a multiple of 16 bytes, as slots do: it is read in pieces of 16 bytes then."""
+    return width * dtype.itemsize % 16 == 0
 
 
 # ---------------------------------------------------------------------- on the device
@@ -292,6 +305,7 @@ def _attend_lists(
     V: tl.constexpr,
     R: tl.constexpr,
     TILE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     head, split = tl.program_id(0), tl.program_id(1)
     r, t = tl.arange(0, R), tl.arange(0, TILE)
@@ -304,6 +318,8 @@ def _attend_lists(
         token = begin + tile + t
         here = token < end
         at = tl.load(addresses + token, mask=here, other=0).to(tl.pointer_type(DTYPE))
+        if ALIGNED:
+            at = tl.multiple_of(at, 16)
         seen = here[None, :] & (r[:, None] < rows)
         most, mass, out = _more(q, at, here, seen, scale, softcap, most, mass, out, K_DIM, V_DIM, K, V, COMPUTE)
     _leave(out_at, lse_at, head * tl.num_programs(1) + split, rows, most, mass, out, V_DIM, V, R)
@@ -340,6 +356,7 @@ def _gather(
     WIDTH: tl.constexpr,
     W: tl.constexpr,
     TILE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     head, b = tl.program_id(0), tl.program_id(1)
     token, d = tl.program_id(2) * TILE + tl.arange(0, TILE), tl.arange(0, W)
@@ -347,6 +364,8 @@ def _gather(
     here = (token < tl.load(counts + b)) & (position >= lo) & (position < hi)
     inside = here[:, None] & (d[None, :] < WIDTH)
     block = tl.load(addresses + head * stride + b).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        block = tl.multiple_of(block, 16)
     found = tl.load(block + token[:, None] * WIDTH + d[None, :], mask=inside, other=0.0)
     target = rows_at + head.to(tl.int64) * head_stride + (position - lo).to(tl.int64)[:, None] * WIDTH + d[None, :]
     tl.store(target, found, mask=inside)
