@@ -322,7 +322,7 @@ def _located(
     names = blocks[block_of] * per + offsets // PAGE
     singly = pageable(state, blocks)
     by_page = singly[block_of]
-    if note:
+    if note and (pages := engine.pages) is not None and pages.sources():  # nobody else wants to know
         row.picked = np.unique(names)
     few, column = np.unique(names[by_page], return_inverse=True)
     picks = Picks.start(engine, few)

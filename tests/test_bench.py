@@ -3,10 +3,12 @@
 import errno
 import importlib.util
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import bench, choice, cli, machine, overhead, rawdisk, ttft
+from alaya_tiers.tools import bench, choice, cli, heads, machine, overhead, rawdisk, ttft
 from alaya_tiers.tools.baselines import (
     COMPETITORS,
     RAM,
@@ -419,3 +421,21 @@ def test_a_store_of_many_contexts(tmp_path: Path) -> None:
     assert all(len(row["opening"]) == 1 and len(row["lookups"]) == 199 and len(row["commits"]) == 5 for row in rows)
     assert not list(tmp_path.glob("bench-*"))
     assert CliRunner().invoke(cli.app, ["bench", "contexts", "--counts", "x"]).exit_code == 2
+
+
+def test_queries_for_a_passage_find_its_keys_and_no_others() -> None:
+    plan = heads.Plan(contexts=(1,), layers=2, passages=True, dtype="fp32")
+    made, tokens = heads.Heads(plan), 2 * heads.CHUNK
+    passages = np.random.default_rng(0).integers(tokens // heads.PASSAGE, size=(2, plan.kv_heads * plan.group))
+    q = made.looking(passages, 3.0)
+    for layer in range(plan.layers):
+        k = torch.cat([made.chunk(layer, start, heads.CHUNK)[0] for start in range(0, tokens, heads.CHUNK)], 2)[0]
+        grouped = q[layer, 0, :, 0].view(plan.kv_heads, plan.group, plan.head_dim)
+        scores = (grouped @ k.transpose(1, 2) * plan.head_dim**-0.5).flatten(0, 1)
+        near = scores >= scores.amax(1, keepdim=True) + math.log(0.012)
+        for head, passage in enumerate(passages[layer]):
+            there = near[head].nonzero().ravel() // heads.PASSAGE
+            assert set(there.tolist()) == {int(passage)}
+            assert there.numel() > heads.PASSAGE // 4
+    half = made.chunk(1, heads.CHUNK + 8192, 8192)[0]  # in halves, as an import asks
+    assert half.shape == (1, plan.kv_heads, 8192, plan.head_dim)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import typer
 from rich.console import Console
@@ -37,10 +39,16 @@ TOPICS = 64
 HEADS: dict[str, float] = {"sharp": 6.0, "medium": 3.0, "diffuse": 1.0}
 """Standard deviation of a head's scores: 6 puts nearly all mass on a few keys, 1 spreads it over thousands."""
 
+PASSAGE, APART = 64, 2.0
+"""Tokens of a passage, and how far its keys lie from those of its topic, in deviations of a key."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to measure. layers: as many as make the codes larger than the processor's caches. Raises ConfigError."""
+    """What to measure. layers: as many as make the codes larger than the processor's caches. Raises ConfigError.
+
+    passages: keys of every ``PASSAGE`` tokens have a direction in common, so that a query can look for them.
+    """
 
     contexts: tuple[int, ...] = (32 << 10, 128 << 10)
     kv_heads: int = 4
@@ -52,6 +60,7 @@ class Plan:
     bits: int = 4
     sure: float = 2.0
     most: int | None = None
+    passages: bool = False
     steps: int = 15
     memory_bytes: int = 1 << 30
 
@@ -116,7 +125,7 @@ class Heads:
     """Keys and values of any length, chunk by chunk: topics that come and go, outlier channels, sinks.
 
     Values have a topic's mean, so that there is something to estimate. Queries are random directions, scaled so that
-    scores have the standard deviation asked for.
+    scores have the standard deviation asked for; or they look for a passage, whose keys alone then score high.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -134,6 +143,8 @@ class Heads:
         p, d = self.plan, self.plan.head_dim
         topic = torch.randint(TOPICS, (n // 256 + 1,), generator=make).repeat_interleave(256)[:n]
         k = self._topics[topic].transpose(0, 1) + torch.randn(p.kv_heads, n, d, generator=make)
+        if p.passages:
+            k += self._directions(layer, start // CHUNK).repeat_interleave(PASSAGE, 1)[:, start % CHUNK :][:, :n]
         v = self._values[topic].transpose(0, 1) + torch.randn(p.kv_heads, n, d, generator=make)
         return ((k * self._channels)[None].to(DTYPES[p.dtype]), v[None].to(DTYPES[p.dtype]))
 
@@ -143,6 +154,24 @@ class Heads:
         p = self.plan
         q = torch.randn(p.layers, 1, p.kv_heads * p.group, 1, p.head_dim, generator=make)
         return (q * (std * math.sqrt(p.head_dim) / self._spread)).to(DTYPES[p.dtype])
+
+    def looking(self, passages: npt.NDArray[np.int64], std: float) -> Tensor:
+        """Queries for a passage each, whose keys score about eight of ``std`` above all others' mean, at 64 dimensions.
+
+        passages: numbers of passages, int64 [layers, query_heads]. Returns [layers, 1, query_heads, 1, dim].
+        """
+        p, q = self.plan, torch.empty(*passages.shape, self.plan.head_dim)
+        for layer, head in np.ndindex(*passages.shape):
+            chunk, place = divmod(int(passages[layer, head]), CHUNK // PASSAGE)
+            q[layer, head] = self._directions(layer, chunk)[head // p.group, place]
+        spread = q.norm(dim=-1, keepdim=True) * math.sqrt(1.5 + APART**2)  # of scores with keys of elsewhere
+        q *= std * math.sqrt(p.head_dim) / spread / self._channels
+        return q[:, None, :, None].to(DTYPES[p.dtype])
+
+    def _directions(self, layer: int, chunk: int) -> Tensor:
+        """What the keys of each passage of a chunk have in common. [kv_heads, passages, dim]."""
+        make = torch.Generator().manual_seed((1 << 40) + 1_000_003 * layer + chunk)
+        return torch.randn(self.plan.kv_heads, CHUNK // PASSAGE, self.plan.head_dim, generator=make) * APART
 
 
 def run(plan: Plan, say: Say = lambda text: None) -> Found:

@@ -161,7 +161,7 @@ def _is_there(plan: offload.Plan, host: int) -> bool:
 def _ids(plan: offload.Plan) -> Tokens:
     """Token ids that say what keys and values there are, so that those of other plans are not taken for them."""
     p = plan.heads
-    first = [p.kv_heads, p.head_dim, p.layers, DTYPES[p.dtype].itemsize]
+    first = [p.kv_heads, p.head_dim, p.layers, DTYPES[p.dtype].itemsize, int(p.passages)]
     return np.concatenate([first, np.arange(plan.tokens - len(first))]).astype(np.int64)
 
 
@@ -208,7 +208,7 @@ def command(
     path: Annotated[Path, typer.Option(help="Directory that keeps the stored context for the next run.")],
     context: Annotated[str, typer.Option(help="Tokens. 16 KiB of KV each by default: 2560K are 40 GiB.")] = "2560K",
     host_budget: Annotated[str, typer.Option(help="Host memory for KV.")] = "2GiB",
-    kind: Annotated[str, typer.Option(help="Of heads: sharp, medium or diffuse.")] = "sharp",
+    kind: Annotated[str, typer.Option(help=f"Of heads: {', '.join(offload.KINDS)}.")] = offload.RETRIEVAL,
     drift: Annotated[float, typer.Option(help="Share of a query that is the last step's: 0 forgets, 1 stands.")] = 0.95,
     alpha: Annotated[float, typer.Option(help="Keys with this share of the largest weight are attended.")] = 0.012,
     eviction: Annotated[str, typer.Option(help="Policy of pages.")] = "lru",
@@ -230,7 +230,14 @@ def command(
     with one_line_errors(errors):
         tokens, host = 4096 if quick else parse_contexts(context)[0], parse_bytes("16MiB" if quick else host_budget)
         heads = HeadsPlan(
-            layers=layers, kv_heads=kv_heads, group=group, head_dim=head_dim, dtype=dtype, alpha=alpha, bits=bits
+            layers=layers,
+            kv_heads=kv_heads,
+            group=group,
+            head_dim=head_dim,
+            dtype=dtype,
+            alpha=alpha,
+            bits=bits,
+            passages=kind == offload.RETRIEVAL,
         )
         if tokens < CHUNK // 2:
             raise ConfigError(f"--context must be at least {CHUNK // 2} tokens")

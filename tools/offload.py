@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 import psutil
 import typer
 from rich.console import Console
@@ -28,7 +30,7 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.tools import machine, rawdisk
 from alaya_tiers.tools.baselines import DTYPES, parse_contexts
-from alaya_tiers.tools.heads import CHUNK, HEADS, Heads
+from alaya_tiers.tools.heads import CHUNK, HEADS, PASSAGE, Heads
 from alaya_tiers.tools.heads import Plan as HeadsPlan
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
 from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
@@ -36,6 +38,11 @@ from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
 Say = Callable[[str], None]
 
 M_MMAP_THRESHOLD = -3
+
+RETRIEVAL = "retrieval"
+KINDS = (*HEADS, RETRIEVAL)
+"""Of heads: how far scores are spread, or looking for a passage of 64 tokens that lies anywhere and alone scores high
+(Retrieval Head, arXiv 2404.15574): what is within reach of its best does not grow with the context."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,8 +65,8 @@ class Plan:
     path: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in HEADS:
-            raise ConfigError(f"kind {self.kind!r} is not known; choose one of {', '.join(HEADS)}")
+        if self.kind not in KINDS:
+            raise ConfigError(f"kind {self.kind!r} is not known; choose one of {', '.join(KINDS)}")
         if not 0 <= self.drift <= 1 or self.times <= 0 or self.compute < 0 or min(self.tokens, self.steps) < 1:
             raise ConfigError("drift is between 0 and 1; times, tokens and steps are positive")
 
@@ -121,19 +128,35 @@ class Found:
 
 
 class Queries:
-    """[layers, 1, query_heads, 1, dim] for each step, one drifting into the next."""
+    """[layers, 1, query_heads, 1, dim] for each step, one drifting into the next.
+
+    Of retrieval heads, each looks for a passage for as long as it drifts on with the chance ``plan.drift``, then for
+    another one, anywhere.
+    """
 
     def __init__(self, plan: Plan, heads: Heads) -> None:
-        self._heads, self._std, self._drift = heads, HEADS[plan.kind], plan.drift
+        self._plan, self._heads, self._chance = plan, heads, np.random.default_rng(0)
         self._last: Tensor | None = None
+        self._passages = self._anywhere()
 
     def at(self, step: int) -> Tensor:
         """Steps are asked for in order, from 0."""
-        new = self._heads.queries(step, self._std).float()
-        if step and self._last is not None:
-            new = self._drift * self._last + math.sqrt(1 - self._drift**2) * new
+        p = self._plan
+        if p.kind == RETRIEVAL:
+            moves = self._chance.random(self._passages.shape) >= p.drift
+            self._passages = np.where(moves, self._anywhere(), self._passages)
+            return self._heads.looking(self._passages, HEADS["medium"])
+        new = self._heads.queries(step, HEADS[p.kind]).float()
+        if self._last is not None:
+            new = p.drift * self._last + math.sqrt(1 - p.drift**2) * new
         self._last = new
-        return new.to(DTYPES[self._heads.plan.dtype])
+        return new.to(DTYPES[p.heads.dtype])
+
+    def _anywhere(self) -> npt.NDArray[np.int64]:
+        p = self._plan
+        return self._chance.integers(
+            max(1, p.tokens // PASSAGE), size=(p.heads.layers, p.heads.kv_heads * p.heads.group)
+        )
 
 
 def run(plan: Plan, say: Say = lambda text: None) -> Found:
@@ -249,7 +272,7 @@ def table(found: Found) -> Table:
 def command(
     context: Annotated[str, typer.Option(help="Tokens.")] = "128K",
     times: Annotated[float, typer.Option(help="KV bytes over the host budget.")] = 8.0,
-    kind: Annotated[str, typer.Option(help="Of heads: sharp, medium or diffuse.")] = "sharp",
+    kind: Annotated[str, typer.Option(help=f"Of heads: {', '.join(KINDS)}.")] = "sharp",
     drift: Annotated[float, typer.Option(help="Share of a query that is the last step's: 0 forgets, 1 stands.")] = 0.95,
     alpha: Annotated[float, typer.Option(help="Keys with this share of the largest weight are attended.")] = 0.001,
     eviction: Annotated[str, typer.Option(help="Policies, separated by commas.")] = "lru",
@@ -275,7 +298,8 @@ def command(
         plan = Plan(
             tokens=2048 if quick else parse_contexts(context)[0], times=times, kind=kind, drift=drift, ways=ways,
             heads=HeadsPlan(
-                layers=layers, kv_heads=kv_heads, group=group, head_dim=head_dim, dtype=dtype, alpha=alpha, bits=bits
+                layers=layers, kv_heads=kv_heads, group=group, head_dim=head_dim, dtype=dtype, alpha=alpha, bits=bits,
+                passages=kind == RETRIEVAL,
             ),
             steps=2 if quick else steps, warm=1 if quick else warm, compute=compute / 1e3, in_memory=in_memory,
             path=path,
