@@ -60,7 +60,7 @@ def prepare(
     path = _generation(root, manifest.generation)
     groups = [os.path.join(root, folder, "zarr.json") for folder in (SEGMENTS, GENERATIONS)]
     written = {f"{path}.partial": group_json({"alaya_tiers": manifest.to_json()})}
-    written |= {_record(root, name): data for name, data in records.items()}
+    written |= {record_path(root, name): data for name, data in records.items()}
     written |= {needs_path(root, name): data for name, data in needs.items()}
     written |= {group: group_json({}) for group in groups if "zarr.json" not in disk.names(os.path.dirname(group))}
     for file, data in written.items():
@@ -86,7 +86,7 @@ def finish(disk: Disk, root: str, manifest: Manifest) -> None:
 
 def load_segment(disk: Disk, root: str, manifest: Manifest, name: str) -> Segment:
     """The record of a segment. Raises StoreCorrupt."""
-    path, entry = _record(root, name), manifest.segments[name]
+    path, entry = record_path(root, name), manifest.segments[name]
     if not is_plain(disk, root, os.path.join(SEGMENTS, name, "zarr.json")):
         raise StoreCorrupt(errno.ELOOP, "a link leads to a segment's record and was not followed", path)
     data = _fetch(disk, path, "a segment's record cannot be read")
@@ -181,7 +181,8 @@ def numbers(disk: Disk, root: str) -> list[int]:
     return [int(n) for n in names if n.isdecimal() and n.isascii() and len(n) < 18]
 
 
-def _record(root: str, name: str) -> str:
+def record_path(root: str, name: str) -> str:
+    """Where the record of a segment is."""
     return os.path.join(root, SEGMENTS, name, "zarr.json")
 
 

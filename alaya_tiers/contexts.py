@@ -101,6 +101,8 @@ class Contexts:
             return session
         with self._lock:
             wanted = dict.fromkeys(name for names in rows for name in names)
+            if self.engine.partitions is not None:
+                self.shelf.expect([name for name in wanted if not self._adopted.holds(name)], index=True)
             held = {name: self._hold(name, device) for name in wanted}
             self.last_used |= dict.fromkeys(wanted, self.engine.clock.monotonic())
             for place, number in enumerate(sorted(self._prefixes.record(rows[0][0]).layers)):

@@ -5,6 +5,7 @@ Damage is known from a record that cannot be read, from a block that was read in
 
 import contextlib
 import errno
+import itertools
 import os
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -100,20 +101,28 @@ class Prefixes:
         The last are names of segments that would have given more were they whole.
         """
         self._read_in_vain()
-        names, at, before = list[str](), 0, root
-        while at < tokens.size and before in self._after:
-            size = self.manifest.identities[root].segment_tokens
-            whole = segment_name(before, tokens[at : at + size])
-            entry = self.manifest.segments.get(whole) if at + size <= tokens.size else None
-            if entry is not None and entry.before == before and self.usable(whole) == size:
-                names.append(whole)
-                at, before = at + size, whole
-                continue
-            found, left, damaged = self._nearest(before, tokens[at:])
-            if left:
-                names.append(found)
-            return names, at + left, damaged
-        return names, at, []
+        if root not in self._after:
+            return [], 0, []
+        size, whole = self.manifest.identities[root].segment_tokens, self._whole(root, tokens)
+        self.shelf.expect([name for name in whole if name not in self._records])
+        names = list(itertools.takewhile(lambda name: self.usable(name) == size, whole))
+        at, before = len(names) * size, names[-1] if names else root
+        if at >= tokens.size or before not in self._after:
+            return names, at, []
+        found, left, damaged = self._nearest(before, tokens[at:])
+        return names + [found] * (left > 0), at + left, damaged
+
+    def _whole(self, root: str, tokens: Tokens) -> list[str]:
+        """The segments that hold exactly the first tokens, as far as whole ones do, damaged or not."""
+        size, names, before = self.manifest.identities[root].segment_tokens, list[str](), root
+        for at in range(0, tokens.size - size + 1, size):
+            name = segment_name(before, tokens[at : at + size])
+            entry = self.manifest.segments.get(name)
+            if entry is None or entry.before != before:
+                break
+            names.append(name)
+            before = name
+        return names
 
     def _nearest(self, before: str, tokens: Tokens) -> tuple[str, int, list[str]]:
         """What follows a segment and has most of these tokens, how many, and what would have more were it whole."""

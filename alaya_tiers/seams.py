@@ -119,6 +119,10 @@ class Disk(Protocol):
         """The whole of a regular file of at most ``most`` bytes, at once; no link is followed."""
         ...
 
+    def expect(self, paths: Sequence[str], nbytes: int) -> None:
+        """The first bytes of these files will be wanted soon: have them come all at once. A hint; nothing fails."""
+        ...
+
     def sync(self, path: str) -> None:
         """Make a file's bytes, or a directory's entries, survive a loss of power."""
         ...
@@ -329,6 +333,15 @@ class SystemDisk:
         size = _plain(handle, path, most)
         with open(handle, "rb") as file:
             return file.read(size)  # read(most) would take that much memory first
+
+    def expect(self, paths: Sequence[str], nbytes: int) -> None:
+        for path in paths if hasattr(os, "posix_fadvise") else ():
+            with contextlib.suppress(OSError):
+                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                try:
+                    os.posix_fadvise(handle, 0, nbytes, os.POSIX_FADV_WILLNEED)
+                finally:
+                    os.close(handle)
 
     def sync(self, path: str) -> None:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

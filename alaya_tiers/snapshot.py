@@ -9,10 +9,19 @@ import errno
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from alaya_tiers.commit import GENERATIONS, SEGMENTS, is_plain, lease, load_generation, load_segment, newest
+from alaya_tiers.commit import (
+    GENERATIONS,
+    SEGMENTS,
+    is_plain,
+    lease,
+    load_generation,
+    load_segment,
+    newest,
+    record_path,
+)
 from alaya_tiers.damage import Place, needing, usable
 from alaya_tiers.errors import StoreCorrupt, StoreFormat, StoreLocked, StoreMismatch
 from alaya_tiers.leftovers import LEFT, is_session
@@ -24,6 +33,9 @@ from alaya_tiers.verify import Damage, verify
 
 Model = dict[str, Any]
 """What a store says of the model it was written for; JSON values only."""
+
+EXPECTED = 64 << 10
+"""Bytes of a record, or of the header of an index, that are asked for ahead: most are smaller."""
 
 _ATTEMPTS = 1000
 """So many generations in a row may be replaced while one is being opened."""
@@ -57,6 +69,11 @@ class Shelf:
     def record(self, name: str) -> Segment:
         """The record of a stored segment. Raises StoreCorrupt."""
         return load_segment(self._disk, self.path, self.manifest, name)
+
+    def expect(self, names: Sequence[str], *, index: bool = False) -> None:
+        """The records of these segments, or the headers of their indexes, will be wanted next, one after the other."""
+        paths = [self.index_path(name) if index else record_path(self.path, name) for name in names]
+        self._disk.expect(paths, EXPECTED)
 
     def index_path(self, name: str) -> str:
         """Where the index of a stored segment is, if it has one."""

@@ -39,6 +39,10 @@ class Records:
             raise StoreCorrupt(errno.EIO, "torn", "/store/record")
         return self.records[name]
 
+    def expect(self, names: list[str]) -> None:
+        """They are in memory."""
+        assert set(names) <= self.records.keys()
+
     def prefixes(self) -> Prefixes:
         return Prefixes(cast(Engine, SimpleNamespace(started=False)), cast(Shelf, self))
 
