@@ -228,14 +228,18 @@ def nothing(q: Tensor, v_dim: int) -> Partial:
     )
 
 
+def capped(scores: Tensor, softcap: float | None) -> Tensor:
+    """Scores (scaled) as a model with soft-capping takes them (Gemma 2, arXiv 2408.00118, 2); None: as they are."""
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
 def attend_naive(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None, softcap: float | None = None
 ) -> Partial:
     """The same contract as attend_dense, obviously right: float32, or float64 if an input is float64."""
     dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype) else torch.float32
     scores = (q.to(dtype) @ k.to(dtype).mT) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = capped(scores, softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(dtype)
     lse = torch.logsumexp(scores, -1)

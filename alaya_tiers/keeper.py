@@ -17,6 +17,7 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.errors import IOFailed
 from alaya_tiers.identity import Identity, Tokens
 from alaya_tiers.indexed import open_index, save
+from alaya_tiers.ledger import Ids
 from alaya_tiers.manifest import Context, Entry, LayerBlocks, Manifest, Segment
 from alaya_tiers.parts import Part, Say, held_by, parts_of, silent
 from alaya_tiers.prefixes import Prefixes
@@ -122,18 +123,14 @@ class Keeper:
 
     def _room(self, session: Session, root: str, parts: list[Part]) -> None:
         """See that these have room on disk."""
-        blocks = [ids_of(first, heads) for part in parts for first, heads in held_by(session, part)]
-        if blocks:
-            mover, flat = self.engine.mover, np.unique(np.concatenate(blocks))
-            with mover.lock:
-                there, slot = mover.ledger.file[flat] >= 0, mover.host.slot_bytes
-            self.make_room(root, flat.size * slot, int(np.count_nonzero(~there)) * slot)
+        mover, blocks = self.engine.mover, _blocks(session, parts)
+        with mover.lock:
+            there, slot = mover.ledger.file[blocks] >= 0, mover.host.slot_bytes
+        self.make_room(root, blocks.size * slot, int(np.count_nonzero(~there)) * slot)
 
     def _write_out(self, session: Session, parts: list[Part], say: Say) -> None:
-        blocks = [ids_of(first, heads) for part in parts for first, heads in held_by(session, part)]
-        if blocks:
-            flat = np.unique(np.concatenate(blocks))
-            self.engine.write_out(flat, lambda left: say(flat.size - left, flat.size))
+        if (blocks := _blocks(session, parts)).size:
+            self.engine.write_out(blocks, lambda left: say(blocks.size - left, blocks.size))
 
     def _commit(
         self,
@@ -252,3 +249,9 @@ class Keeper:
             for number in numbers:
                 self.engine.mover.ssd.files[number].doubtful = True
             raise
+
+
+def _blocks(session: Session, parts: list[Part]) -> Ids:
+    """All blocks of some parts of a session, each once."""
+    of_all = [ids_of(first, heads) for part in parts for first, heads in held_by(session, part)]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *of_all]))

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from alaya_tiers.attention import capped
 from alaya_tiers.errors import InputError
 
 Counts = npt.NDArray[np.float32]
@@ -157,4 +158,4 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor
     """[kv_heads, query heads of each, n, tokens]."""
     grouped = q.view(k.shape[0], -1, *q.shape[1:])
     scores = torch.einsum("hgnd,htd->hgnt", grouped, k.float()) * scale
-    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    return capped(scores, softcap)

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from alaya_tiers import kernel
-from alaya_tiers.attention import BlockList, Partial, attend_lists, merge, nothing, parts_of_row
+from alaya_tiers.attention import BlockList, Partial, attend_lists, capped, merge, nothing, parts_of_row
 from alaya_tiers.blocks import PAGE, Geometry
+from alaya_tiers.config import Settings
 from alaya_tiers.engine import Engine
-from alaya_tiers.index.codes import MOST_ROWS, Layout, Reach, boundable, scan
+from alaya_tiers.index.codes import MOST_DIMS, MOST_ROWS, Layout, Reach, boundable, scan
 from alaya_tiers.index.plan import History, Rates, Step
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
@@ -130,7 +131,7 @@ def attend(
     middle = every.where(inner)
     coded, codes, held = partitions.of(state.ids(row.first[middle.run]))
     if partitions.full:
-        _warn_full(s.index_budget)
+        _warn_full(s)
     if int(coded.sum()) < LEAST:
         return None
     inner[inner] = coded
@@ -237,8 +238,7 @@ def _certain(asked: Asked, heads: Heads, spans: Spans, best: npt.NDArray[np.int3
     first = np.cumsum([0, *map(len, tokens)])
     at = np.stack([first[i] + np.searchsorted(tokens[i], mine) for i, mine in enumerate(best)]).clip(0, len(keys) - 1)
     scores = (asked.q[heads].cpu().double() * keys[torch.from_numpy(at)]).sum(2) * asked.scale
-    if asked.softcap:
-        scores = asked.softcap * torch.tanh(scores / asked.softcap)
+    scores = capped(scores, asked.softcap)
     scores -= 1e-6 * scores.abs()  # as a float it is smaller still than what the key scores
     return torch.where(torch.from_numpy(wanted), scores, -torch.inf).float()
 
@@ -260,10 +260,12 @@ def _step(state: Layer, row: Row, outside: Spans, middle: Spans, layout: Layout)
     )  # fmt: skip
 
 
-def _warn_full(budget: int | None) -> None:
+def _warn_full(s: Settings) -> None:
+    few = min(MOST_DIMS)
+    advice = "" if s.index_bits == few else f", or take index_bits={few}"
     warnings.warn(
-        f"the index has used up index_budget={budget} bytes: tokens beyond are attended exactly. Raise it, or take "
-        "index_bits=4",
+        f"the index has used up index_budget={s.index_budget} bytes: tokens beyond are attended exactly. "
+        f"Raise it{advice}",
         IndexFullWarning,
         stacklevel=2,
     )
