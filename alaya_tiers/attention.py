@@ -15,7 +15,8 @@ to T tokens of one kv head, token after token, each as [k | v] without a gap.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -24,9 +25,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from alaya_tiers import kernel
+from alaya_tiers.flash import can, flash
 
 Ints = npt.NDArray[np.int64] | npt.NDArray[np.int32] | Tensor | Sequence[int]
 
@@ -158,22 +159,9 @@ def attend_dense(
     q: [kv_heads, rows, k_dim]. k, v: [kv_heads, n, k_dim or v_dim]; strided views do, the last dimension contiguous.
     mask: None, bool (True is visible) or a float added to the scores, broadcastable to [kv_heads, rows, n].
     """
-    if softcap is not None or not _flash_can(q, k, v):
+    if softcap is not None or not can(q, k, v):
         return attend_naive(q, k, v, scale, mask, softcap)
-    bias = None if mask is None else _bias(mask, q.dtype)
-    width = max(k.shape[-1], v.shape[-1])
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _padded(q, width)[None],
-        _padded(k, width)[None],
-        _padded(v, width)[None],
-        attn_mask=None if bias is None else bias.expand(q.shape[0], q.shape[1], k.shape[1])[None],
-        scale=scale,
-    )
-    out, lse = out[0, ..., : v.shape[-1]].float(), lse[0].float()
-    if bias is not None:  # the operator gives lse 0 to rows that see nothing
-        blind = (bias == -torch.inf).all(-1).expand(lse.shape)
-        out, lse = out.masked_fill(blind[..., None], 0.0), lse.masked_fill(blind, -torch.inf)
-    return Partial(out, lse)
+    return Partial(*flash(q, k, v, scale, mask))
 
 
 def attend_causal(
@@ -211,14 +199,10 @@ def attend_causal(
 
 def _square(q: Tensor, k: Tensor, v: Tensor, scale: float, softcap: float | None) -> Partial:
     """As many queries as keys, query i sees keys up to i."""
-    if softcap is not None or not _flash_can(q, k, v):
+    if softcap is not None or not can(q, k, v):
         mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
         return attend_dense(q, k, v, scale, mask, softcap)
-    width = max(k.shape[-1], v.shape[-1])
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        _padded(q, width)[None], _padded(k, width)[None], _padded(v, width)[None], is_causal=True, scale=scale
-    )
-    return Partial(out[0, ..., : v.shape[-1]].float(), lse[0].float())
+    return Partial(*flash(q, k, v, scale, causal=True))
 
 
 def nothing(q: Tensor, v_dim: int) -> Partial:
@@ -299,16 +283,18 @@ def copy_blocks(
     kernel.copy(np.ascontiguousarray(src, np.int64), np.ascontiguousarray(dst, np.int64), sizes, threads)
 
 
-def gather(blocks: BlockList, lo: int, hi: int) -> tuple[Tensor, Tensor]:
+def gather(blocks: BlockList, lo: int, hi: int, room: Callable[[int], Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Copy positions lo..hi-1 in order. Returns k [kv_heads, hi-lo, k_dim] and v, views of one contiguous tensor.
 
-    Raises ValueError when the blocks do not hold each of these positions once.
+    room: makes the memory for it, uint8 [n]. Raises ValueError when the blocks do not hold each position once.
     """
     first = np.maximum(blocks.starts, lo).astype(np.int64)
     counts = np.minimum(blocks.starts.astype(np.int64) + blocks.counts, hi) - first
     if int(counts[counts > 0].sum()) != max(hi - lo, 0):
         raise ValueError(f"the blocks do not cover positions {lo}..{hi - 1}")
-    scratch = torch.empty(blocks.addresses.shape[0], max(hi - lo, 0), blocks.k_dim + blocks.v_dim, dtype=blocks.dtype)
+    shape = (blocks.addresses.shape[0], max(hi - lo, 0), blocks.k_dim + blocks.v_dim)
+    nbytes = math.prod(shape) * blocks.dtype.itemsize
+    scratch = (torch.empty(nbytes, dtype=torch.uint8) if room is None else room(nbytes)).view(blocks.dtype).view(shape)
     _copy_rows(blocks, np.flatnonzero(counts > 0), first, counts, first - lo, scratch)
     return scratch[..., : blocks.k_dim], scratch[..., blocks.k_dim :]
 
@@ -349,23 +335,6 @@ def _attend_gathered(
     k, v = scratch[..., :key], scratch[..., at : at + value]
     out, lse = attend_naive(q.detach().cpu(), k, v, scale, visible, softcap)
     return Partial(out.to(q.device, torch.float32), lse.to(q.device, torch.float32))
-
-
-def _flash_can(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether torch's CPU flash attention takes these tensors. Without rows or keys it dies of SIGFPE."""
-    return q.is_cpu and q.dtype == k.dtype == v.dtype and q.is_floating_point() and min(q.numel(), k.numel()) > 0
-
-
-def _padded(x: Tensor, width: int) -> Tensor:
-    """x with its last dimension filled up with zeros to width: they change neither a score nor a wanted output."""
-    return x if x.shape[-1] == width else functional.pad(x, (0, width - x.shape[-1]))
-
-
-def _bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A mask as something to add to scores."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
 def _finite(lse: Tensor) -> Tensor:

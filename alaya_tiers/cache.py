@@ -21,6 +21,7 @@ from alaya_tiers.attention import (
     attend_blocks,
     attend_causal,
     attend_dense,
+    gather,
     merge,
     nothing,
     with_sinks,
@@ -38,7 +39,7 @@ from alaya_tiers.pace import Meter
 from alaya_tiers.picks import ahead
 from alaya_tiers.recorder import Recorder, recording
 from alaya_tiers.stats import Stats
-from alaya_tiers.view import Gathered, Heads, Spans, Visible, mask_of, positions_of, tiles
+from alaya_tiers.view import Gather, Gathered, Heads, Spans, Visible, mask_of, positions_of, tiles
 
 __all__ = ["Session", "Visible"]
 
@@ -223,7 +224,7 @@ class Session:
         everything = Visible.all(state.length, 1)
         for r, row in enumerate(state.rows):
             for piece in self._pieces(state, row, wanted):
-                for part in _tiled(piece, everything):
+                for part in _tiled(piece, everything, gather):
                     here = (part.positions >= lo) & (part.positions < hi)
                     some = slice(None) if here.all() else here
                     at = part.positions[some] - lo
@@ -348,9 +349,9 @@ class Session:
             if few and isinstance(piece, BlockList):
                 yield attend_blocks(q, replace(piece, latent=latent), scale, lo, hi, softcap)
                 continue
-            for tile in _tiled(piece, visible):
+            for tile in _tiled(piece, visible, partial(gather, room=self.engine.mover.lanes.device.scratch)):
+                tile = tile.on(q.device)
                 k, v = (tile.rows, tile.k) if latent else (tile.k, tile.v)
-                k, v = k.to(q.device), v.to(q.device)
                 if past is not None and tile.cut and tile.run is not None:
                     yield attend_causal(q, k, v, scale, tile.run - past, visible.lo.size, softcap)
                     continue
@@ -506,10 +507,10 @@ def _as_list(tile: Gathered, rows: Tensor) -> BlockList:
     return BlockList(at, starts, ones, tile.k_dim, width - tile.k_dim, rows.dtype)
 
 
-def _tiled(piece: "BlockList | Near | Gathered", visible: Visible) -> Iterable[Gathered]:
-    """See tiles."""
+def _tiled(piece: "BlockList | Near | Gathered", visible: Visible, here: Gather) -> Iterable[Gathered]:
+    """See tiles. here: copies what the CPU reads."""
     if isinstance(piece, Gathered):
         return [piece]
     if isinstance(piece, Near):
         return tiles(piece.blocks, visible, piece.gather)
-    return tiles(piece, visible)
+    return tiles(piece, visible, here)

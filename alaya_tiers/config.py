@@ -15,6 +15,10 @@ _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
 
 RATES = ("bus_rate", "device_rate", "read_rate", "scan_rate", "ssd_rate", "pick_seconds", "page_seconds")
 
+SIZES = (
+    "device_budget", "host_budget", "ssd_budget", "write_budget", "batch_bytes", "index_budget", "device_index_budget",
+)  # fmt: skip
+
 ALPHA, LEAST_MASS = 0.001, 0.82
 """Of sparse mode by default: docs/benchmarks.md says what they leave out."""
 
@@ -72,6 +76,8 @@ class Settings:
     index_bits: bits of each number of a coded key, 4 or 8. 8 find fewer keys that do not matter, in twice the memory.
     index_sure: standard deviations of a code's error that are allowed for; 0 = any error there can be (complete).
     index_budget: bytes of codes in memory; None = no limit. What finds no room is attended exactly, with a warning.
+    device_index_budget: with a GPU, bytes of codes that also lie in its memory, where it scans them; what finds no room
+        there the CPU scans. Taken as codes come.
     measure_mass: sparse mode also attends exactly and compares, for its statistics. Slow.
     sparse_prefill: sparse mode also for prompts, a few tokens at a time; else prompts are attended exactly.
     attention_target: seconds of attention for each new token that sparse mode aims at: what heads may select is cut to
@@ -115,6 +121,7 @@ class Settings:
     index_bits: int = 4
     index_sure: float = 2.0
     index_budget: int | None = 2 << 30
+    device_index_budget: int = 2 << 30
     measure_mass: bool = False
     sparse_prefill: bool = False
     attention_target: float | None = None
@@ -141,7 +148,7 @@ class Settings:
     prefetch: str = "next"
 
     def __post_init__(self) -> None:
-        for name in ("device_budget", "host_budget", "ssd_budget", "write_budget", "batch_bytes", "index_budget"):
+        for name in SIZES:
             if (size := getattr(self, name)) is not None:
                 object.__setattr__(self, name, parse_bytes(size))
         for name in ("block_tokens", "segment_tokens"):

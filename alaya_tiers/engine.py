@@ -70,7 +70,8 @@ class Engine:
         self.sparse = SparseUse() if settings.mode == "sparse" else None
         """What sparse mode used; None in exact mode."""
         budgets = {"device": settings.device_budget, "host": settings.host_budget, "ssd": settings.ssd_budget}
-        self.accountant = Accountant(budgets | ({} if self.sparse is None else {"index": settings.index_budget}))
+        codes = {"index": settings.index_budget, "device_index": settings.device_index_budget}
+        self.accountant = Accountant(budgets | ({} if self.sparse is None else codes))
         self.policies = Policies(
             device=Window(settings.sink_tokens),
             host=by_name(EVICTION, settings.eviction_of_blocks),
@@ -423,7 +424,7 @@ class Engine:
         """Bytes of blocks in a tier."""
         if self._mover is None or self.closed:
             return 0
-        if tier in ("ssd", "index"):
+        if tier in ("ssd", "index", "device_index"):
             return self.accountant.used[tier]
         memory = self._mover.device if tier == "device" else self._mover.host
         return (memory.capacity - memory.free) * memory.slot_bytes

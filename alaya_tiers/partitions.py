@@ -10,7 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from alaya_tiers import kernel
 from alaya_tiers.attention import parts_of_row
-from alaya_tiers.blocks import BlockShape
+from alaya_tiers.blocks import BlockShape, round_up
 from alaya_tiers.config import Settings
 from alaya_tiers.devices.cpu import plain_slab
 from alaya_tiers.index.codes import MOST_DIMS, Layout, Scratch, encode
@@ -28,9 +28,13 @@ from alaya_tiers.ledger import NOWHERE, UNCODABLE, Ids
 from alaya_tiers.mover import Mover
 from alaya_tiers.tiers.arena import Arena
 from alaya_tiers.tiers.base import Accountant
+from alaya_tiers.tiers.mirror import Mirror, Mirrored
 
 SLAB_BYTES = 4 << 20
 """Codes take memory in smaller steps than blocks: they are an eighth of them."""
+
+CODES_ALIGNED = 64
+"""Bytes: as a GPU reads them."""
 
 MOST_WANTED = 64
 """Runs of blocks that one attention offers."""
@@ -47,12 +51,24 @@ class Source(Protocol):
         ...
 
 
+class Known(NamedTuple):
+    """What is known of blocks' codes. coded: bool [n], which columns have some. codes: int64 [heads, those], addresses
+    in host memory. mirrored: the same in a device's memory. held: keeps them all in memory.
+    """
+
+    coded: npt.NDArray[np.bool_]
+    codes: npt.NDArray[np.int64]
+    mirrored: Mirrored | None
+    held: object
+
+
 class Partitions:
     """Codes of blocks, and the thread of low priority that makes them. wake: called when waiters may go on."""
 
     def __init__(self, settings: Settings, mover: Mover, accountant: Accountant, wake: Callable[[], None]) -> None:
         self._settings, self._mover, self._accountant, self._wake = settings, mover, accountant, wake
         self._arena: Arena | None = None
+        self._mirror: Mirror | None = None
         self._queue: deque[Ids] = deque()
         self._queued: set[int] = set()
         self._ready = threading.Condition()
@@ -103,8 +119,7 @@ class Partitions:
                 return
             self._arena.give(freed)
             if not self._arena.used:  # its slots may be too small now
-                self._arena.close()
-                self._arena = self._mover.codes = None
+                self._drop()
 
     def promise(self, runs: Iterable[tuple[int, int]], source: Source, layer: int) -> None:
         """Codes of runs (first block id, number in the source) need not be made: they are loaded.
@@ -217,18 +232,20 @@ class Partitions:
                 self._wake()
         return coded is not None
 
-    def of(self, ids: Ids) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.int64], object]:
-        """Which columns of ``ids`` [heads, n] are coded, addresses of their codes, and what keeps them in memory.
-
-        Columns whose codes were kept are loaded.
-        """
+    def of(self, ids: Ids) -> Known:
+        """Of blocks ``ids`` [heads, n]. Columns whose codes were kept are loaded."""
         self._load(ids, self._missing(ids))
         with self._mover.lock:
             code = self._mover.ledger.code[ids]
             coded: npt.NDArray[np.bool_] = np.asarray((code >= 0).all(0))
             if self._arena is None or not coded.any():
-                return coded, np.empty((ids.shape[0], 0), np.int64), None
-            return coded, self._arena.addresses(code[:, coded]), self._arena.hold()
+                return Known(coded, np.empty((ids.shape[0], 0), np.int64), None, None)
+            slots, mirror, held = code[:, coded], self._mirror, [self._arena.hold()]
+            mirrored = None
+            if mirror is not None:
+                mirrored = Mirrored(mirror, slots, self._mover.lock)
+                held.append(mirror.hold())
+            return Known(coded, self._arena.addresses(slots), mirrored, held)
 
     def _missing(self, ids: Ids) -> npt.NDArray[np.intp]:
         with self._mover.lock:
@@ -301,6 +318,8 @@ class Partitions:
         coded = coded.contiguous()
         source = coded.data_ptr() + np.arange(len(slots)) * layout.nbytes
         kernel.copy(source, self._arena.addresses(slots), np.full(len(slots), layout.nbytes), None)
+        if self._mirror is not None:
+            self._mirror.put(slots, coded)
 
     def close(self) -> None:
         """Stop after the blocks at hand; free all codes. Twice is fine."""
@@ -312,11 +331,16 @@ class Partitions:
             if thread is not None and thread is not threading.current_thread():
                 thread.join()
         with self._mover.lock:
-            if self._arena is not None:
-                self._arena.close()
-            self._arena = self._mover.codes = None
+            self._drop()
 
     # ------------------------------------------------------------------ inside
+    def _drop(self) -> None:
+        """Give up all memory of codes. The lock is held."""
+        for memory in (self._arena, self._mirror):
+            if memory is not None:
+                memory.close()
+        self._arena = self._mover.codes = self._mirror = None
+
     def _room(self, layout: Layout, n: int) -> npt.NDArray[np.int32] | None:
         """Slots for codes; None when the budget is used up."""
         if self._closing:
@@ -327,6 +351,10 @@ class Partitions:
             self._arena = self._mover.codes = Arena(
                 "index", budget, layout.nbytes, self._accountant, plain_slab, slab_bytes=SLAB_BYTES
             )
+            near = self._settings.device_index_budget
+            if not self._mover.lanes.device.on_cpu and near:
+                slot = round_up(layout.nbytes, CODES_ALIGNED)
+                self._mirror = Mirror(near, slot, self._accountant, self._mover.lanes.device)
         slots = self._arena.take(n)
         self._wanted = n if slots is None else 0
         return slots

@@ -33,6 +33,7 @@ from alaya_tiers.near import Near, attend_anywhere, copied_rows
 from alaya_tiers.partitions import Partitions
 from alaya_tiers.picks import Picks, missed_share, pageable
 from alaya_tiers.stats import SparseUse
+from alaya_tiers.tiers.mirror import Mirrored
 from alaya_tiers.view import Heads, Spans, Visible
 
 
@@ -129,14 +130,14 @@ def attend(
     every = visible.spans(state.length, size)
     inner = (every.run >= first) & (every.run < last)
     middle = every.where(inner)
-    coded, codes, held = partitions.of(state.ids(row.first[middle.run]))
+    coded, codes, mirrored, held = partitions.of(state.ids(row.first[middle.run]))
     if partitions.full:
         _warn_full(s)
     if int(coded.sum()) < LEAST:
         return None
     inner[inner] = coded
     outside, middle, layout = every.where(~inner), middle.where(coded), partitions.layout_of(state.number)
-    step = _step(state, row, outside, middle, layout)
+    step = _step(state, row, outside, middle, layout, mirrored)
     rates = Rates(s.read_rate, s.scan_rate, s.pick_seconds, s.ssd_rate, s.page_seconds)
     target = None if s.attention_target is None else s.attention_target / len(state.engine.mover.shapes)
     look, most = history.plan(step, rates, target, s.most_selected)
@@ -163,11 +164,12 @@ def attend(
         found = scan(
             q[here], codes[here], middle.first, middle.count, layout, reach, asked.scale, asked.softcap, seed[some],
             partitions.scratch, distances=far, verify=lambda best: _certain(asked, here, middle, best, layout.rows),
+            elsewhere=None if mirrored is None else mirrored.of(here),
         )  # fmt: skip
         dear = step.dear(np.array([tokens.size for tokens in found.tokens], np.float64), rates)
         tokens = [NONE if everything else some for some, everything in zip(found.tokens, dear, strict=True)]
         near = merge([near, *_lists(asked, here, middle, tokens, layout.rows)])
-        use.scanned_bytes += codes[here].size * layout.nbytes
+        use.scanned_bytes += here.size * coded.sum() * layout.nbytes
         return Looked(
             found.tokens, dear, near, merge((near, Partial(found.rest.to(q.device), found.rest_lse.to(q.device))))
         )
@@ -249,13 +251,17 @@ def _together(some: Heads, of_some: Partial, rest: Heads, of_rest: Partial) -> P
     return Partial(*(torch.cat(pair)[order] for pair in zip(of_some, of_rest, strict=True)))
 
 
-def _step(state: Layer, row: Row, outside: Spans, middle: Spans, layout: Layout) -> Step:
-    """What a step of one kv head costs in bytes."""
+def _step(state: Layer, row: Row, outside: Spans, middle: Spans, layout: Layout, mirrored: Mirrored | None) -> Step:
+    """What a step of one kv head costs in bytes; codes in numbers that the CPU scans in the same time."""
+    s, numbers = state.engine.settings, float(middle.count.sum() * layout.dims)
+    if mirrored is not None and (near := float(mirrored.there.mean())):
+        cpu = (1 - near) * numbers / s.scan_rate
+        numbers = max(cpu, near * numbers * layout.bits / 8 / s.device_rate) * s.scan_rate
     g, book = state.shape.geometry, state.engine.mover.ledger
     window = float(outside.count.sum() * g.row_bytes)
     cold = 1 - float(book.readable(row.first[middle.run]).mean())
     return Step(
-        window + float(middle.count.sum() * g.row_bytes), window, float(middle.count.sum() * layout.dims), g.row_bytes,
+        window + float(middle.count.sum() * g.row_bytes), window, numbers, g.row_bytes,
         state.shape.nbytes, middle.run.size, cold, missed_share(state),
     )  # fmt: skip
 
@@ -280,7 +286,7 @@ def build(states: list[Layer], say: Callable[[int, int], None]) -> None:
         for row in state.rows:
             first = row.first[: state.length // state.shape.tokens]
             if first.size:
-                coded, _, _ = partitions.of(state.ids(first))
+                coded = partitions.of(state.ids(first)).coded
                 todo += [(state, partitions, state.ids(run[None])) for run in first[~coded]]
     for done, (state, partitions, ids) in enumerate(todo):
         for _ in state.engine.reading(ids, nothing_more):

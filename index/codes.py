@@ -19,14 +19,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alaya_tiers import kernel
+from alaya_tiers.attention import Partial, merge
+from alaya_tiers.devices.base import Ask, Hits, Scanning
+from alaya_tiers.devices.cpu import CpuScan
 from alaya_tiers.errors import InputError
 from alaya_tiers.index.base import Found, check_query
 
@@ -203,6 +205,17 @@ class Reach:
         return 1.0 if self.sure is None else min(1.0, self.sure / math.sqrt(dim))
 
 
+class Elsewhere(Protocol):
+    """Codes that also lie in the memory of a device, which scans them there. heads: the caller's, of ``q``."""
+
+    there: npt.NDArray[np.bool_]
+    """[n]: which blocks do."""
+
+    def scan(self, ask: Ask, columns: npt.NDArray[np.intp]) -> Scanning | None:
+        """Begin a scan of these blocks; None where the device does not take it. ask: without addresses."""
+        ...
+
+
 class Scratch:
     """Memory that scans use again: taken anew for every one, it would cost as much as the scan."""
 
@@ -230,6 +243,7 @@ def scan(
     *,
     distances: npt.NDArray[np.float64] | None = None,
     verify: Verify | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> Scan:
     """Every token of coded blocks that may be within reach of the best score, and an estimate of the others.
 
@@ -237,7 +251,7 @@ def scan(
     which tokens of a block are asked for (the filter). seed: float32 [heads, rows], scores (scaled, capped) of some key
     that is attended anyway: what does not come near it is not looked at closer. Sound for a scan: its bar only rises.
     distances: of each head, instead of the reach's. verify: asked for the best keys, before the others are compared
-    with them.
+    with them. elsewhere: what a device scans meanwhile, unless ``reach.most`` bounds the keys of a head.
     """
     heads, rows, k_dim = q.shape
     most_dims = MOST_DIMS[layout.bits]
@@ -245,23 +259,53 @@ def scan(
         raise InputError(f"a scan takes {MOST_ROWS} queries of {most_dims} numbers at most, got {rows} of {k_dim}")
     rotated = torch.zeros(heads, rows, layout.dims)
     rotated[..., :k_dim] = q.detach().to("cpu", torch.float32) @ rotation(k_dim)
-    every = blocks.shape[1] * layout.rows
     start = torch.full((heads, rows), -torch.inf) if seed is None else seed.float().contiguous()
     far = np.full(heads, reach.distance) if distances is None else distances
-    made = Scan([], torch.empty(heads, rows), torch.empty(heads, rows, layout.v_dim), torch.empty(heads, rows))
-    best, most = np.empty((heads, rows), np.int32), every if reach.most is None else reach.most
-    asked = (
-        rotated, np.ascontiguousarray(blocks), first, count,
-        (layout.dims, layout.v_dim, layout.rows, layout.bits, layout.codes_at, most),
-        (scale, softcap or 0.0, reach.margin(k_dim)), far.astype(np.float32),
+    ask = Ask(
+        rotated, np.ascontiguousarray(blocks), first, count, start, far.astype(np.float32),
+        (layout.dims, layout.v_dim, layout.rows, layout.bits, layout.codes_at),
+        (scale, softcap or 0.0, reach.margin(k_dim)), reach.most,
     )  # fmt: skip
-    room = (scratch or Scratch()).room(kernel.scan_room(rotated, blocks.shape[1], layout.v_dim, layout.rows))
-    kernel.scan(*asked, start, best, room, None)
+    parts: list[tuple[npt.NDArray[np.intp], Scanning]] = []
+    rest = np.arange(blocks.shape[1])
+    if elsewhere is not None and reach.most is None and elsewhere.there.any():
+        near = np.flatnonzero(elsewhere.there)
+        if (begun := elsewhere.scan(_some(ask, near), near)) is not None:  # goes on while the CPU scans
+            parts, rest = [(near, begun)], np.flatnonzero(~elsewhere.there)
+    if rest.size or not parts:
+        parts.append((rest, CpuScan(_some(ask, rest), (scratch or Scratch()).room)))
     if verify is not None:
-        torch.maximum(start, verify(best), out=start)
-    found, n_found = kernel.scan(*asked, start, best, room, made[1:])
-    made.tokens.extend(found[h * every : h * every + int(n_found[h])].copy() for h in range(heads))
-    return made
+        start = start.clone()
+        for columns, part in parts:
+            torch.maximum(start, verify(_named(part.best(), columns, layout.rows)), out=start)
+    for _, part in parts:
+        part.finish(start)
+    return _one([(columns, part.found()) for columns, part in parts], layout.rows)
+
+
+def _some(ask: Ask, columns: npt.NDArray[np.intp]) -> Ask:
+    """The same of some blocks."""
+    if columns.size == ask.first.size:
+        return ask
+    blocks = np.ascontiguousarray(ask.blocks[:, columns])
+    return ask._replace(blocks=blocks, first=ask.first[columns], counts=ask.counts[columns])
+
+
+def _named(tokens: npt.NDArray[np.int32], columns: npt.NDArray[np.intp], rows: int) -> npt.NDArray[np.int32]:
+    """Tokens of a scan of some blocks, as a scan of all would name them; -1 stays."""
+    return np.where(tokens < 0, -1, columns[tokens // rows] * rows + tokens % rows).astype(np.int32)
+
+
+def _one(parts: list[tuple[npt.NDArray[np.intp], Hits]], rows: int) -> Scan:
+    """Scans of different blocks as one."""
+    if len(parts) == 1:
+        columns, hits = parts[0]
+        tokens = [_named(some, columns, rows) for some in hits.tokens]
+        return Scan(tokens, *hits[1:])
+    lists = zip(*([_named(tokens, columns, rows) for tokens in hits.tokens] for columns, hits in parts), strict=True)
+    rest = merge([Partial(hits.rest, hits.rest_lse) for _, hits in parts])
+    top = torch.stack([hits.top for _, hits in parts]).amax(0)
+    return Scan([np.sort(np.concatenate(some)) for some in lists], top, *rest)
 
 
 class Codes:

@@ -12,7 +12,7 @@ from alaya_tiers import AlayaCache, engine
 from alaya_tiers.attention import attend_naive
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.config import Settings
-from alaya_tiers.devices.base import COMPUTE, DOWN, UP
+from alaya_tiers.devices.base import COMPUTE, DOWN, UP, Ask, Scanning
 from alaya_tiers.devices.order import Order, Wait
 from alaya_tiers.devices.simulated import Race, Simulated
 from alaya_tiers.engine import Engine
@@ -77,6 +77,16 @@ def test_attention_over_three_tiers(seed: int, chunk: int, device_runs: int, tok
     over_three_tiers(Simulated(seed, eagerness=(0.5, 0.8, 0.95)[seed % 3]), chunk, device_runs, tokens)
 
 
+class Scanner(Simulated):
+    """Counts the blocks whose codes it was asked to scan, once for all heads."""
+
+    blocks = 0
+
+    def scan(self, ask: Ask) -> Scanning | None:
+        self.blocks += ask.blocks.shape[1]
+        return super().scan(ask)
+
+
 class Deaf(Simulated):
     """Streams do not wait for one other: what a forgotten wait would do."""
 
@@ -103,14 +113,17 @@ def test_a_wait_that_is_left_out_is_found(stream: int, seed: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize("device_runs", [2, 12, 40])
-def test_sparse_attention_over_three_tiers(seed: int, device_runs: int) -> None:
-    """Everything within reach is found and attended wherever it is: with alpha near 0 the output is the exact one."""
-    device, tokens = Simulated(seed), 8 * 24
+@pytest.mark.parametrize(("device_runs", "codes"), [(2, 0), (12, 1 << 20), (40, 20 << 10)])
+def test_sparse_attention_over_three_tiers(seed: int, device_runs: int, codes: int) -> None:
+    """Everything within reach is found and attended wherever it is: with alpha near 0 the output is the exact one.
+
+    codes: bytes of them that the device may hold: none, all, some.
+    """
+    device, tokens = Scanner(seed), 8 * 24
     settings = Settings(
         mode="sparse", alpha=1e-9, index_sure=0, recent_tokens=16, sink_tokens=8, block_tokens=8, segment_tokens=32,
         device_budget=(1 + device_runs) * HEADS * 4096 + 4096, host_budget=8 * HEADS * 4096, io="buffered",
-        pick_seconds=1e-12, page_seconds=1e-12, scan_rate=1e15, read_rate=1.0,
+        pick_seconds=1e-12, page_seconds=1e-12, scan_rate=1e15, read_rate=1.0, device_index_budget=codes,
     )  # fmt: skip
     eng = Engine(settings, device=device)
     try:
@@ -118,6 +131,7 @@ def test_sparse_attention_over_three_tiers(seed: int, device_runs: int) -> None:
         k, v = torch.randn(1, HEADS, tokens, DIM), torch.randn(1, HEADS, tokens, DIM)
         session.update(0, k, v)
         session.build_index()
+        assert 0 <= eng.used_bytes("device_index") <= codes
         for _ in range(3):
             q = 8 * torch.randn(1, HEADS * GROUP, 1, DIM)
             got = session.attention(0, q, [Visible.all(tokens, 1)], 0.25)
@@ -126,9 +140,33 @@ def test_sparse_attention_over_three_tiers(seed: int, device_runs: int) -> None:
         use = session.stats().sparse
         assert use is not None
         assert use.steps > use.exact
+        assert (device.blocks == 0) == (codes == 0)
+        assert (device.blocks == 3 * 21) == (codes == 1 << 20), "beside the window"
     finally:
         eng.close()
     assert not device.races
+
+
+@pytest.mark.slow
+def test_codes_that_are_scanned_without_waiting_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are still on their way up, as far as the CPU knows."""
+    device = Deaf(0, -1)
+    settings = Settings(
+        mode="sparse", recent_tokens=16, sink_tokens=8, block_tokens=8, segment_tokens=32, io="buffered",
+        device_budget=60 * HEADS * 4096, host_budget=8 * HEADS * 4096, scan_rate=1e15, read_rate=1.0,
+    )  # fmt: skip
+    eng = Engine(settings, device=device)
+    try:
+        session, kv = Session(eng), torch.randn(1, HEADS, 8 * 24, DIM)
+        monkeypatch.setattr(device, "_asked", lambda mark: mark.stream != UP and Simulated._asked(device, mark))
+        session.update(0, kv, kv)
+        session.build_index()
+        device.deaf_to(COMPUTE)
+        with pytest.raises(Race, match="compute reads page"):
+            session.attention(0, torch.randn(1, HEADS * GROUP, 1, DIM), [Visible.all(8 * 24, 1)], 0.25)
+    finally:
+        device.deaf_to(-1)
+        eng.close()
 
 
 @pytest.mark.slow

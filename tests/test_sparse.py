@@ -147,7 +147,7 @@ def test_what_cannot_be_coded_is_attended_exactly() -> None:
         partitions = cache.session.engine.partitions
         assert partitions is not None
         state = cache.session.layers[0]
-        coded, _, _ = partitions.of(state.ids(state.rows[0].first[: 1000 // BLOCK]))
+        coded, *_ = partitions.of(state.ids(state.rows[0].first[: 1000 // BLOCK]))
         assert (~coded).nonzero()[0].tolist() == [300 // BLOCK, 700 // BLOCK]
         nan = q.clone()
         nan[0, 0] = torch.nan

@@ -9,7 +9,7 @@ for. Nothing here ever blocks the caller, but ``settle``. Which waits are needed
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,58 @@ class Event(Protocol):
 
     def done(self) -> bool:
         """Whether the stream has got there. Never blocks."""
+        ...
+
+
+class Ask(NamedTuple):
+    """What a scan of coded blocks is asked; all of it in memory of the CPU. See index.codes.scan.
+
+    q: float32 [heads, rows, dims], rotated. blocks: int64 [heads, n], where codes lie on the device that scans. first,
+    counts: int32 [n]. start: float32 [heads, rows], scores known before. reach: float32 [heads].
+    """
+
+    q: Tensor
+    blocks: Addresses
+    first: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int32]
+    start: Tensor
+    reach: npt.NDArray[np.float32]
+    shape: tuple[int, int, int, int, int]
+    """dims, v_dim, tokens of a coded block, bits, where codes begin."""
+    numbers: tuple[float, float, float]
+    """scale, softcap or 0, share of an error's length that is allowed for."""
+    most: int | None
+    """Keys of a head to be found at most."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of a coded block."""
+        dims, _, tokens, bits, codes_at = self.shape
+        return codes_at + tokens * dims * bits // 8
+
+
+class Hits(NamedTuple):
+    """What a scan found, in memory of the CPU: see index.codes.Scan."""
+
+    tokens: list[npt.NDArray[np.int32]]
+    top: Tensor
+    rest: Tensor
+    rest_lse: Tensor
+
+
+class Scanning(Protocol):
+    """A scan under way: its first half was told to the device."""
+
+    def best(self) -> npt.NDArray[np.int32]:
+        """The key with the best score of each row, [heads, rows], -1: none. Waits for the first half."""
+        ...
+
+    def finish(self, start: Tensor) -> None:
+        """Tell the device the second half, on COMPUTE. start: float32 [heads, rows], scores known by now."""
+        ...
+
+    def found(self) -> Hits:
+        """Waits for the second half."""
         ...
 
 
@@ -103,6 +155,10 @@ class Device(Protocol):
 
     def gather(self, blocks: BlockList, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """attention.gather, on COMPUTE."""
+        ...
+
+    def scan(self, ask: Ask) -> Scanning | None:
+        """Begin a scan of codes in this device's memory, on COMPUTE; None where it does not take so much or so many."""
         ...
 
     def settle(self) -> None:

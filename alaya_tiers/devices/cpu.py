@@ -2,16 +2,16 @@
 
 import contextlib
 import mmap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from alaya_tiers import attention
+from alaya_tiers import attention, kernel
 from alaya_tiers.attention import BlockList, Partial
-from alaya_tiers.devices.base import Addresses, Event
+from alaya_tiers.devices.base import Addresses, Ask, Event, Hits, Scanning
 
 
 def plain_slab(nbytes: int) -> Tensor:
@@ -35,6 +35,39 @@ class Past:
 
 
 PAST = Past()
+
+
+class CpuScan:
+    """A scan by the compiled kernel: each half has happened when its call returns.
+
+    room: memory for so many bytes, the scan's alone until it has found.
+    """
+
+    def __init__(self, ask: Ask, room: Callable[[int], npt.NDArray[np.uint8]]) -> None:
+        self._ask, (heads, rows, _) = ask, ask.q.shape
+        _, v_dim, tokens, *_ = ask.shape
+        self._every = ask.blocks.shape[1] * tokens
+        self._room = room(kernel.scan_room(ask.q, ask.blocks.shape[1], v_dim, tokens))
+        self._best = np.empty((heads, rows), np.int32)
+        self._out = torch.empty(heads, rows), torch.empty(heads, rows, v_dim), torch.empty(heads, rows)
+        self._run(ask.start, None)
+
+    def best(self) -> npt.NDArray[np.int32]:
+        return self._best
+
+    def finish(self, start: Tensor) -> None:
+        self._found, self._n = self._run(start.contiguous(), self._out)
+
+    def found(self) -> Hits:
+        places = enumerate(self._n.tolist())
+        return Hits([self._found[h * self._every : h * self._every + n].copy() for h, n in places], *self._out)
+
+    def _run(
+        self, start: Tensor, out: tuple[Tensor, Tensor, Tensor] | None
+    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
+        q, blocks, first, count, _, reach, shape, numbers, most = self._ask
+        sizes = (*shape, self._every if most is None else most)
+        return kernel.scan(q, blocks, first, count, sizes, numbers, reach, start, self._best, self._room, out)
 
 
 class Cpu:
@@ -95,6 +128,9 @@ class Cpu:
 
     def gather(self, blocks: BlockList, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         return attention.gather(blocks, lo, hi)
+
+    def scan(self, ask: Ask) -> Scanning | None:
+        return CpuScan(ask, lambda nbytes: np.empty(nbytes, np.uint8))
 
     def settle(self) -> None:
         """Everything has happened."""

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from alaya_tiers.attention import BlockList, Partial
-from alaya_tiers.devices.base import COMPUTE, DOWN, STREAMS, Addresses, Event
-from alaya_tiers.devices.cpu import Cpu
+from alaya_tiers.devices.base import COMPUTE, DOWN, STREAMS, Addresses, Ask, Event, Hits, Scanning
+from alaya_tiers.devices.cpu import Cpu, plain_slab
 
 POISON = 0xFF
 GRAIN = 4096
@@ -100,6 +100,9 @@ class Simulated(Cpu):
         self.copies = self.waits = 0
 
     # ------------------------------------------------------------------ Device
+    def scratch(self, nbytes: int) -> Tensor:
+        return plain_slab(-(-nbytes // GRAIN) * GRAIN)[:nbytes]  # pages of its own
+
     def copy(self, stream: int, sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
         with self._lock:
             clock = self._tick(stream)
@@ -164,6 +167,13 @@ class Simulated(Cpu):
     def gather(self, blocks: BlockList, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         with self._kernel(_block_pages(blocks), ()):
             return super().gather(blocks, lo, hi)
+
+    def scan(self, ask: Ask) -> Scanning | None:
+        pages = _ranges(ask.blocks, ask.nbytes)
+        with self._kernel(pages, ()):
+            begun = super().scan(ask)
+        assert begun is not None
+        return _Scan(self, begun, pages)
 
     def settle(self) -> None:
         with self._lock:
@@ -270,6 +280,23 @@ class Simulated(Cpu):
             self._unseen.append((entry.unseen, entry.target, entry.source.clone()))
         else:
             entry.target.copy_(entry.source)
+
+
+class _Scan:
+    """Both halves of a scan are kernels that read the codes."""
+
+    def __init__(self, device: Simulated, begun: Scanning, pages: list[int]) -> None:
+        self._device, self._begun, self._pages = device, begun, pages
+
+    def best(self) -> npt.NDArray[np.int32]:
+        return self._begun.best()
+
+    def finish(self, start: Tensor) -> None:
+        with _Running(self._device, self._pages, ()):
+            self._begun.finish(start)
+
+    def found(self) -> Hits:
+        return self._begun.found()
 
 
 class _Running:

@@ -6,7 +6,7 @@ asked for a copy keeps them until its event is done.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alaya_tiers import kernel
 from alaya_tiers.attention import BlockList, Partial
-from alaya_tiers.devices.base import COMPUTE, DOWN, STREAMS, UP, Device, Event
+from alaya_tiers.devices.base import COMPUTE, DOWN, STREAMS, UP, Ask, Device, Event, Scanning
 from alaya_tiers.devices.order import Order
 from alaya_tiers.tiers.arena import Arena
 from alaya_tiers.tiers.base import Slots
@@ -59,6 +59,12 @@ class Lanes:
             return None
         with self._told(UP, NO_SLOTS, dst):
             self.device.copy(UP, *paired(self.far, src, self.near, dst, nbytes))
+        return self._events[UP][-1][1]
+
+    def put(self, rows: Sequence[Tensor], slots: Slots, targets: Sequence[Tensor]) -> Event:
+        """Copy memory of the CPU, the device's ``scratch``, to pieces of these device slots: to be kept until then."""
+        with self._told(UP, NO_SLOTS, slots):
+            self.device.copy(UP, rows, targets)
         return self._events[UP][-1][1]
 
     def across(self, src: Slots, dst: Slots, nbytes: Sizes) -> None:
@@ -109,6 +115,17 @@ class Lanes:
         """attention.attend_lists over tokens in these device slots."""
         with self._told(COMPUTE, slots, NO_SLOTS):
             return self.device.attend_lists(q, addresses, first, dims, dtype, scale, softcap)
+
+    def scan(self, slots: Slots, ask: Ask) -> Scanning | None:
+        """Begin a scan of codes in these device slots."""
+        with self.reading(slots):
+            return self.device.scan(ask)
+
+    @contextmanager
+    def reading(self, slots: Slots) -> Iterator[None]:
+        """Around a kernel that reads device slots."""
+        with self._told(COMPUTE, slots.ravel(), NO_SLOTS):
+            yield
 
     def gather(self, slots: Slots, blocks: BlockList, lo: int, hi: int) -> tuple[Tensor, Tensor]:
         """attention.gather over device slots."""
