@@ -209,6 +209,11 @@ class Pages:
         return np.asarray(names[self._heat[names] > 0])
 
     @property
+    def room(self) -> int:
+        """How many pages it may hold."""
+        return self._page.size
+
+    @property
     def room_ahead(self) -> int:
         """How many pages may be read ahead now."""
         return max(0, self._ahead_room - self._unproved)

@@ -73,10 +73,16 @@ class Picks:
             self._engine.notify()
 
 
+def _by_page(state: Layer) -> bool:
+    """Whether blocks of the layer can be picked from: there is room for pages, and rows do not straddle them."""
+    pages = state.engine.pages
+    return pages is not None and pages.room > 0 and PAGE % state.shape.geometry.row_bytes == 0
+
+
 def pageable(state: Layer, blocks: Ids) -> npt.NDArray[np.bool_]:
-    """Which blocks can be picked from page by page: cold ones, of rows that do not straddle pages. bool [n]."""
+    """Which blocks can be picked from page by page: cold ones. bool [n]."""
     engine = state.engine
-    if engine.pages is None or PAGE % state.shape.geometry.row_bytes:
+    if not _by_page(state):
         return np.zeros(blocks.size, bool)
     with engine.mover.lock:
         return engine.mover.pageable(blocks)
@@ -85,7 +91,7 @@ def pageable(state: Layer, blocks: Ids) -> npt.NDArray[np.bool_]:
 def missed_share(state: Layer) -> float | None:
     """Of the pages wanted lately, how many had to be read; None where no block of the layer is read by pages."""
     pages = state.engine.pages
-    return None if pages is None or PAGE % state.shape.geometry.row_bytes else pages.missed
+    return pages.missed if pages is not None and _by_page(state) else None
 
 
 def ahead(before: Row, state: Layer, row: Row) -> None:

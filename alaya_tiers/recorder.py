@@ -10,7 +10,9 @@
     {"found": [x, row, queries, window, tokens], "heads", "flat", "n", "first", "bytes", "gaps", "mass"}
                                                          comes before the read it belongs to: which kv heads looked,
                                                          which read all, and the positions of the n keys each found:
-                                                         the first, and the gaps between the others (base64)
+                                                         the first, and the gaps between the others (base64);
+                                                         also "looked", "best": which heads compared what first
+    {"look": [x], "heads", "best", "n", "first", "bytes", "gaps"}    before it instead, where some looked several times
     {"mark": name, "t"}    {"request": [tokens, reused], "blocks": [...], "t"}
 
 A step costs it some 20 us a layer: nothing is compressed, nothing is copied that need not be.
@@ -27,6 +29,7 @@ from base64 import b64encode
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import IO, Any, Protocol
 
@@ -43,6 +46,38 @@ BLOCK = 64
 """Tokens of a prefix block of a request."""
 
 Positions = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """One scan of some kv heads: positions of the keys that each compared first, and of those it attended to then."""
+
+    heads: npt.NDArray[np.intp]
+    best: list[Positions]
+    positions: list[Positions] = field(default_factory=list)
+
+
+class Looks:
+    """Every scan of one attention. run: of each block of the spans that a scan names tokens in; rows: names of a block,
+    size: tokens of one. Told nothing where nobody records."""
+
+    def __init__(self, run: npt.NDArray[np.intp], rows: int, size: int, *, recording: bool) -> None:
+        self.every: list[Look] = []
+        self._run, self._rows, self._size, self._recording = run, rows, size, recording
+
+    def compared(self, heads: npt.NDArray[np.intp], best: list[npt.NDArray[np.int32]]) -> None:
+        """A scan begins: the keys that these heads compare first."""
+        if self._recording:
+            self.every.append(Look(heads, self.places(best)))
+
+    def attended(self, tokens: list[npt.NDArray[np.int32]]) -> None:
+        """What they attend to then."""
+        if self._recording:
+            self.every[-1].positions.extend(self.places(tokens))
+
+    def places(self, tokens: list[npt.NDArray[np.int32]]) -> list[Positions]:
+        """Where in the context the tokens are."""
+        return [self._run[some // self._rows] * self._size + some % self._rows for some in tokens]
 
 
 class Kept(Protocol):
@@ -144,26 +179,22 @@ class Recorder:
         flat: npt.NDArray[np.intp],
         positions: list[Positions],
         mass: float,
+        looks: "list[Look]",
     ) -> None:
         """What sparse attention of a row looked at. tokens: of the window, and all. positions: of each of ``heads``,
-        ascending. mass: the mean share of the attention that was not estimated."""
+        ascending. mass: the mean share of the attention that was not estimated. looks: how it came to that."""
         x = self._names.get(state)
         if x is None:  # its first attention: nothing was appended while this was recorded
             x = self._new(state)
-        counts = [p.size for p in positions]
-        first, gaps, width = [], b"", 2
-        if any(counts):
-            every = np.concatenate(positions)
-            starts = np.cumsum([0, *counts[:-1]])[[n > 0 for n in counts]]
-            first = every[starts].tolist()
-            steps = np.diff(every, prepend=0)
-            steps[starts] = 0
-            width = 2 if steps.max() < 1 << 16 else 4
-            gaps = steps.astype(np.uint16 if width == 2 else np.uint32).tobytes()
+        for look in looks if len(looks) > 1 else ():
+            self._write(
+                f'{{"look": [{x}], "heads": {look.heads.tolist()}, "best": {_plain(look.best)}, '
+                f"{_packed(look.positions)}}}"
+            )
+        best = f'"looked": {looks[0].heads.tolist()}, "best": {_plain(looks[0].best)}, ' if len(looks) == 1 else ""
         self._write(
             f'{{"found": [{x}, 0, {queries}, {tokens[0]}, {tokens[1]}], "heads": {heads.tolist()}, '
-            f'"flat": {flat.tolist()}, "n": {counts}, "first": {first}, "bytes": {width}, '
-            f'"gaps": "{b64encode(gaps).decode()}", "mass": {mass:.5f}}}'
+            f'"flat": {flat.tolist()}, {best}{_packed(positions)}, "mass": {mass:.5f}}}'
         )
 
     # ------------------------------------------------------------------ inside
@@ -197,3 +228,23 @@ class Recorder:
             while self._gone:
                 self._file.write(f'{{"gone": {self._gone.popleft()}}}\n')
             self._file.write(line + "\n")
+
+
+def _plain(positions: list[Positions]) -> list[list[int]]:
+    """Few positions, for JSON."""
+    return [some.tolist() for some in positions]
+
+
+def _packed(positions: list[Positions]) -> str:
+    """Many positions: how many of each head, the first of each, and the gaps between them in base64."""
+    counts = [p.size for p in positions]
+    first, gaps, width = [], b"", 2
+    if any(counts):
+        every = np.concatenate(positions)
+        starts = np.cumsum([0, *counts[:-1]])[[n > 0 for n in counts]]
+        first = every[starts].tolist()
+        steps = np.diff(every, prepend=0)
+        steps[starts] = 0
+        width = 2 if steps.max() < 1 << 16 else 4
+        gaps = steps.astype(np.uint16 if width == 2 else np.uint32).tobytes()
+    return f'"n": {counts}, "first": {first}, "bytes": {width}, "gaps": "{b64encode(gaps).decode()}"'

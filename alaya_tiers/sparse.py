@@ -32,6 +32,7 @@ from alaya_tiers.ledger import Ids
 from alaya_tiers.near import Near, attend_anywhere, copied_rows
 from alaya_tiers.partitions import Partitions
 from alaya_tiers.picks import Picks, missed_share, pageable
+from alaya_tiers.recorder import Looks
 from alaya_tiers.stats import SparseUse
 from alaya_tiers.tiers.mirror import Mirrored
 from alaya_tiers.view import Heads, Spans, Visible
@@ -154,7 +155,8 @@ def attend(
             if top is not None:
                 torch.maximum(top, here, out=top)
 
-    heads, window = np.flatnonzero(look), int(outside.count.sum())
+    heads, window, recorder = np.flatnonzero(look), int(outside.count.sum()), state.engine.recorder
+    looks = Looks(middle.run, layout.rows, size, recording=recorder is not None)
     seed = torch.full((heads.size, rows), -torch.inf)
     parts = [nothing(q[heads], asked.v_dim), *dense(outside, heads, seed)]
     reach = Reach.of_share(s.alpha, most, s.index_sure or None)
@@ -163,11 +165,12 @@ def attend(
         here = heads[some]
         found = scan(
             q[here], codes[here], middle.first, middle.count, layout, reach, asked.scale, asked.softcap, seed[some],
-            partitions.scratch, distances=far, verify=lambda best: _certain(asked, here, middle, best, layout.rows),
-            elsewhere=None if mirrored is None else mirrored.of(here),
+            partitions.scratch, distances=far, elsewhere=None if mirrored is None else mirrored.of(here),
+            verify=lambda best: _certain(asked, here, middle, best, layout.rows, looks),
         )  # fmt: skip
         dear = step.dear(np.array([tokens.size for tokens in found.tokens], np.float64), rates)
         tokens = [NONE if everything else some for some, everything in zip(found.tokens, dear, strict=True)]
+        looks.attended(tokens)
         near = merge([near, *_lists(asked, here, middle, tokens, layout.rows)])
         use.scanned_bytes += here.size * coded.sum() * layout.nbytes
         return Looked(
@@ -181,11 +184,10 @@ def attend(
     near, whole = (Partial(*(x[sparse] for x in part)) for part in (looked.near, looked.whole))
     _note(use, looked.share[sparse], window, looked.found[sparse], history.tokens)
     rest = np.concatenate([heads[looked.dear], np.flatnonzero(~look)])
-    if (recorder := state.engine.recorder) is not None:
-        tokens = [looked.tokens[i] for i in np.flatnonzero(sparse)]
-        places = [middle.run[one // layout.rows] * size + one % layout.rows for one in tokens]
+    if recorder is not None:
+        places = looks.places([looked.tokens[i] for i in np.flatnonzero(sparse)])
         mass = float(looked.share[sparse].mean()) if places else 1.0
-        recorder.found(state, rows, (window, history.tokens), heads[sparse], rest, places, mass)
+        recorder.found(state, rows, (window, history.tokens), heads[sparse], rest, places, mass, looks.every)
     if s.measure_mass and sparse.any():
         _compare(use, near, whole, merge(list(dense(every, heads[sparse]))))
     if not rest.size:
@@ -224,11 +226,12 @@ def _look(
     return looked
 
 
-def _certain(asked: Asked, heads: Heads, spans: Spans, best: npt.NDArray[np.int32], rows: int) -> Tensor:
+def _certain(asked: Asked, heads: Heads, spans: Spans, best: npt.NDArray[np.int32], rows: int, looks: Looks) -> Tensor:
     """What the best keys of a scan score exactly. See index.codes.Verify."""
     g = asked.state.shape.geometry
     wanted = best >= 0
     tokens = [np.unique(mine[known]) for mine, known in zip(best, wanted, strict=True)]
+    looks.compared(heads, tokens)
     held = torch.zeros(sum(map(len, tokens)), g.width, dtype=g.dtype)
     if not held.numel():
         return torch.full(best.shape, -torch.inf)

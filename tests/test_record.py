@@ -166,6 +166,29 @@ def test_a_trace_is_read_plain_and_packed(tmp_path: Path) -> None:
     assert recorded.is_recording(tmp_path / "t.jsonl")
 
 
+def test_every_scan_of_a_step_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "t.jsonl"
+    best = FOUND.replace('"n":', '"looked": [1, 0], "best": [[9], [3, 30]], "n":')
+    look = '{"look": [0], "heads": [1], "best": [[9]], "n": [1], "first": [9], "bytes": 2, "gaps": "AAA="}'
+    for lines, wanted in (
+        ([FOUND], [((1,), [], [[9, 12]])]),
+        ([best], [((1, 0), [[9], [3, 30]], [[9, 12], []])]),
+        ([look, look, FOUND], [((1,), [[9]], [[9]])] * 2),
+    ):
+        path.write_text("\n".join([HEAD, SHAPE, OWN, PUT, *lines, READ]) + "\n")
+        (step,) = events(path)[-1].found
+        told = [(one.heads, [b.tolist() for b in one.best], [p.tolist() for p in one.positions]) for one in step.looks]
+        assert told == wanted
+    for bad, message in (
+        (look.replace("[[9]]", "[]"), "best must be"), (look.replace("[[9]]", "[[-9]]"), "best must be"),
+        (look.replace('"heads": [1]', '"heads": [7]'), "head 7"), (look.replace('"look": [0]', '"look": [5]'), "never"),
+        (best.replace("[1, 0]", "[1, 2]"), "head 2"),
+    ):  # fmt: skip
+        path.write_text(f"{HEAD}\n{SHAPE}\n{OWN}\n{PUT}\n{bad}\n{READ}\n")
+        with pytest.raises(TraceError, match=message):
+            events(path)
+
+
 def changed(line: int, old: str, new: str) -> Callable[[list[str]], list[str]]:
     def change(lines: list[str]) -> list[str]:
         assert old in lines[line - 1]

@@ -26,7 +26,7 @@ from alaya_tiers.picks import view_of
 from alaya_tiers.policies import EVICTION, GUESS, by_name
 from alaya_tiers.tools.phases import Part, Phase
 from alaya_tiers.tools.profile import Profile
-from alaya_tiers.tools.recorded import Found, Read
+from alaya_tiers.tools.recorded import Found, Positions, Read
 from alaya_tiers.tools.shapes import Shape
 from alaya_tiers.tools.virtual import VirtualLoop
 
@@ -93,80 +93,101 @@ class Attending:
 
     # ------------------------------------------------------------------ sparse
     async def _sparse(self, part: Part, found: Found, shape: BlockShape, rows: int) -> None:
-        s, size, geometry = self.settings, shape.tokens, shape.geometry
+        s, size = self.settings, shape.tokens
         first, last = -(-s.sink_tokens // size), max(0, part.tokens - s.recent_tokens) // size
         runs = np.arange(part.runs)
         middle = (runs >= first) & (runs < last)
         ids, dense = all_ids(part.first, part.heads), self._dense(shape, rows)
-        looked, flat = self._plan(part, found, shape, middle)
+        looked, step = self._plan(part, shape, middle)
+        dear = np.zeros(part.heads, bool)
         if looked.size:
-            await asyncio.sleep(self.profile.look)
             await self.reading(ids[np.ix_(looked, np.flatnonzero(~middle))], None, dense)
-            numbers = float(middle.sum()) * size * geometry.k_dim * looked.size
-            await asyncio.sleep(numbers / self.profile.scan * 8 / max(8, s.index_bits))
-            blocks, offsets = self._wanted(part, found, set(looked.tolist()) - set(flat.tolist()), middle, size)
-            await asyncio.sleep(blocks.size * (self.profile.pick + geometry.row_bytes / self._attend(geometry)))
-            await self._picks(part, blocks, offsets * geometry.row_bytes, geometry)
-        if flat.size:
-            await self.reading(ids[flat], None, dense)
+            dear[looked] = await self._look(part, found, looked, step, middle, shape)
+        dear[np.setdiff1d(np.arange(part.heads), looked)] = True
+        if dear.any():
+            await self.reading(ids[dear], None, dense)
 
-    def _plan(
-        self, part: Part, found: Found, shape: BlockShape, middle: npt.NDArray[np.bool_]
-    ) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-        """Which heads look, and which read everything, as the engine's optimizer has it with these tiers.
-
-        A head that read everything when the run was recorded does so here: what it would find is not known.
-        """
+    def _plan(self, part: Part, shape: BlockShape, middle: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.intp], Step]:
+        """Which heads look, as the engine's optimizer has it with these tiers, and what that would touch."""
         g, size = shape.geometry, shape.tokens
-        window = float(np.count_nonzero(~middle)) * size * g.row_bytes
         inner = np.array(part.first, np.int64)[middle]
+        window = float(part.tokens - inner.size * size) * g.row_bytes
         cold = 1 - float(self.mover.ledger.readable(inner).mean()) if inner.size else 0.0
         paged = self.pages is not None and PAGE % g.row_bytes == 0
         step = Step(
-            part.runs * size * float(g.row_bytes), window, float(inner.size * size * g.k_dim), g.row_bytes,
+            part.tokens * float(g.row_bytes), window, float(inner.size * size * g.k_dim), g.row_bytes,
             shape.nbytes, inner.size, cold, self.pages.missed if paged and self.pages is not None else None,
         )  # fmt: skip
         target = self.settings.attention_target
         target = None if target is None else target / len(self.mover.shapes)
         look, _ = part.history.plan(step, self._rates, target, self.settings.most_selected)
-        sizes = np.full(part.heads, float(part.tokens))
-        for head, positions in zip(found.heads, found.positions, strict=True):
-            sizes[head] = positions.size
-        looked, dear = np.flatnonzero(look), np.zeros(part.heads, bool)
-        if looked.size:
-            dear[looked] = step.dear(sizes[looked], self._rates)
-            part.history.judge(sizes[looked], dear[looked], step, self._rates)
-        dear[list(found.flat)] = True
-        return looked, np.flatnonzero(dear | ~look)
+        return np.flatnonzero(look), step
 
-    def _wanted(
-        self, part: Part, found: Found, heads: set[int], middle: npt.NDArray[np.bool_], size: int
-    ) -> tuple[Ids, Ids]:
-        """Blocks of the keys that these heads found beyond the window, by head, and which row in it each is."""
-        blocks, offsets = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-        first = np.array(part.first, np.int64)
-        for head, positions in zip(found.heads, found.positions, strict=True):
-            if head in heads:
-                run, offset = np.divmod(positions[positions < part.tokens], size)
-                inside = middle[run]
-                blocks.append(first[run[inside]] + head)
-                offsets.append(offset[inside])
-        return np.concatenate(blocks), np.concatenate(offsets)
+    async def _look(
+        self,
+        part: Part,
+        found: Found,
+        looked: npt.NDArray[np.intp],
+        step: Step,
+        middle: npt.NDArray[np.bool_],
+        shape: BlockShape,
+    ) -> npt.NDArray[np.bool_]:
+        """Every scan of these heads; which of them had better read everything. bool [looked].
 
-    async def _picks(self, part: Part, blocks: Ids, offsets: Ids, geometry: Geometry) -> None:
-        """What ``sparse._lists`` does: single pages of cold blocks where that can be, whole blocks where not.
-
-        blocks, offsets: of each key, and the byte in it where the key begins.
+        A head that read everything when the run was recorded does so here: what it would find is not known.
         """
-        if not blocks.size:
+        sizes, dear = np.full(part.heads, float(part.tokens)), np.zeros(part.heads, bool)
+        going, unknown = set(looked.tolist()), set(found.flat)
+        for number, look in enumerate(found.looks):
+            here = going.intersection(look.heads)
+            numbers = step.codes * (len(here) if number else looked.size)
+            seconds = numbers / self.profile.scan * 8 / max(8, self.settings.index_bits)
+            await asyncio.sleep(self.profile.look + seconds)
+            await self._pick(part, look.heads, look.best, going, middle, shape)
+            for head, some in zip(look.heads, look.positions, strict=True):
+                sizes[head] = some.size if some.size or head not in unknown else part.tokens
+            mine = np.array(sorted(here), np.intp)
+            dear[mine] = step.dear(sizes[mine], self._rates)
+            going -= set(mine[dear[mine]].tolist())
+            await self._pick(part, look.heads, look.positions, going, middle, shape, note=True)
+        dear[list(unknown)] = True
+        part.history.judge(sizes[looked], dear[looked], step, self._rates)
+        return dear[looked]
+
+    async def _pick(
+        self,
+        part: Part,
+        heads: tuple[int, ...],
+        positions: tuple[Positions, ...],
+        among: set[int],
+        middle: npt.NDArray[np.bool_],
+        shape: BlockShape,
+        *,
+        note: bool = False,
+    ) -> None:
+        """What ``sparse._located`` does with the keys of those heads that are ``among`` others: single pages of cold
+        blocks where that can be, whole blocks where not."""
+        geometry, cells, rows = shape.geometry, [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for head, some in zip(heads, positions, strict=False):  # no positions: what was compared is not known
+            if head in among:
+                run, offset = np.divmod(some[some < part.tokens], shape.tokens)
+                inside = middle[run]
+                cells.append(head * part.runs + run[inside])
+                rows.append(offset[inside])
+        cell, offsets = np.concatenate(cells), np.concatenate(rows) * geometry.row_bytes
+        if not cell.size:
             return
-        paged, taken = np.zeros(blocks.size, bool), None
+        await asyncio.sleep(cell.size * (self.profile.pick + geometry.row_bytes / self._attend(geometry)))
+        wanted, place = np.unique(cell, return_inverse=True)
+        head_of, run_of = np.divmod(wanted, part.runs)
+        blocks = np.array(part.first, np.int64)[run_of] + head_of
+        whole, taken = blocks, None
         if self.pages is not None and PAGE % geometry.row_bytes == 0:
-            names = blocks * self.pages.per + offsets // PAGE
-            part.picked = np.unique(names)
-            paged = self.mover.pageable(blocks)
-            taken = self._take(self.pages, np.unique(names[paged]))
-        whole = np.unique(blocks if taken is None else blocks[~paged])
+            names, singly = blocks[place] * self.pages.per + offsets // PAGE, self.mover.pageable(blocks)
+            if note and self.pages.sources():
+                part.picked = np.unique(names)
+            taken = self._take(self.pages, np.unique(names[singly[place]]))
+            whole = blocks if taken is None else blocks[~singly]
         await self.reading(whole[None], None, nothing)
         if taken is not None and self.pages is not None:
             began = self.loop.now

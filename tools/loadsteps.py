@@ -16,6 +16,7 @@ from alaya_tiers.tools.recorded import (
     Event,
     Found,
     Layer,
+    Look,
     Mark,
     Own,
     Positions,
@@ -94,5 +95,6 @@ def _events(steps: Steps, shape: Shape, settings: Settings, seed: int, skip: Ski
             found: tuple[Found, ...] = ()
             if settings.mode == "sparse":
                 positions = tuple(head.found(tokens - 1) for head in finders[layer])
-                found = (Found(layer, 1, window, tokens, tuple(range(heads)), (), positions, 1.0),)
+                looked = Look(every := tuple(range(heads)), (), positions)
+                found = (Found(layer, 1, window, tokens, every, (), positions, 1.0, (looked,)),)
             yield Read(layer, 1, tokens, shape.heads, 0.0, 0.0, found)

@@ -74,9 +74,19 @@ class Built(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """One scan of some kv heads: positions of the keys that each compared first, and of those it attended to then."""
+
+    heads: tuple[int, ...]
+    best: tuple[Positions, ...]
+    positions: tuple[Positions, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """One sparse step of a row. window, tokens: attended in any case, and all it saw. positions: of the keys that each
-    of ``heads`` found; ``flat``: heads that read everything. mass: share of attention that was not estimated."""
+    of ``heads`` found; ``flat``: heads that read everything. mass: share of attention that was not estimated. looks:
+    the scans that led to it; one, of ``heads``, where they were not recorded."""
 
     x: int
     queries: int
@@ -86,6 +96,7 @@ class Found:
     flat: tuple[int, ...]
     positions: tuple[Positions, ...]
     mass: float
+    looks: tuple[Look, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +200,7 @@ def _lines(path: Path) -> Iterator[Iterator[str]]:
         raise TraceError(str(path), None, f"cannot be read to its end ({error})") from error
 
 
-SINGLE, PASSED = '{"put": [', ('{"found": [', '{"read": [', '{"put": [')
+SINGLE, PASSED = '{"put": [', ('{"found": [', '{"look": [', '{"read": [', '{"put": [')
 
 
 class _Passed:
@@ -226,6 +237,7 @@ class _State:
     known: dict[int, int] = field(default_factory=dict)  # x -> kv heads, 0 where not known yet
     heads: dict[int, int] = field(default_factory=dict)  # layer -> kv heads
     pending: dict[int, list[Found]] = field(default_factory=dict)
+    looks: dict[int, list[Look]] = field(default_factory=dict)
     time: float = 0.0
     reads: int = 0
 
@@ -333,12 +345,17 @@ def _built(record: dict[str, Any], state: _State) -> Built:
     return Built(_known(_ints(record["built"], "built", 1)[0], state))
 
 
-def _found(record: dict[str, Any], state: _State) -> None:
-    x, _, queries, window, tokens = _ints(record["found"], "found", 5)
-    heads, flat, counts = (tuple(_ints(record[n], n)) for n in ("heads", "flat", "n"))
-    if (most := state.known.get(x, 0)) and any(head >= most for head in heads + flat):
-        raise ValueError(f"the layer has {most} kv heads, not head {max(heads + flat)}")
-    if record["bytes"] not in (2, 4) or not isinstance(record["gaps"], str) or len(counts) != len(heads):
+def _heads(values: Any, name: str, x: int, state: _State) -> tuple[int, ...]:
+    heads = tuple(_ints(values, name))
+    if (most := state.known.get(x, 0)) and any(head >= most for head in heads):
+        raise ValueError(f"the layer has {most} kv heads, not head {max(heads)}")
+    return heads
+
+
+def _positions(record: dict[str, Any], heads: int, tokens: int) -> tuple[Positions, ...]:
+    """Many, as ``recorder`` packs them."""
+    counts = tuple(_ints(record["n"], "n"))
+    if record["bytes"] not in (2, 4) or not isinstance(record["gaps"], str) or len(counts) != heads:
         raise ValueError("bytes, gaps and n do not say where the keys are")
     steps = np.frombuffer(b64decode(record["gaps"], validate=True), f"<u{record['bytes']}").astype(np.int64)
     first = _ints(record["first"], "first", sum(n > 0 for n in counts))
@@ -351,8 +368,36 @@ def _found(record: dict[str, Any], state: _State) -> None:
             raise ValueError(f"a head found keys out of order, or beyond the {tokens} tokens it saw")
         positions.append(some)
         at += n
+    return tuple(positions)
+
+
+def _best(record: dict[str, Any], heads: int) -> tuple[Positions, ...]:
+    """Few, as they are."""
+    best = record["best"]
+    if not isinstance(best, list) or len(best) != heads:
+        raise ValueError(f"best must be a list for each of {heads} heads, got {best!r:.60}")
+    return tuple(np.array(_ints(some, "best"), np.int64) for some in best)
+
+
+def _look(record: dict[str, Any], state: _State) -> None:
+    x = _known(_ints(record["look"], "look", 1)[0], state)
+    heads = _heads(record["heads"], "heads", x, state)
+    positions = _positions(record, len(heads), 1 << 62)
+    state.looks.setdefault(x, []).append(Look(heads, _best(record, len(heads)), positions))
+
+
+def _found(record: dict[str, Any], state: _State) -> None:
+    x, _, queries, window, tokens = _ints(record["found"], "found", 5)
+    heads, flat = (_heads(record[name], name, x, state) for name in ("heads", "flat"))
+    positions = _positions(record, len(heads), tokens)
+    looks = tuple(state.looks.pop(x, ()))
+    if not looks and "looked" in record:
+        looked, known = _heads(record["looked"], "looked", x, state), dict(zip(heads, positions, strict=True))
+        nothing = np.empty(0, np.int64)
+        looks = (Look(looked, _best(record, len(looked)), tuple(known.get(head, nothing) for head in looked)),)
+    looks = looks or (Look(heads, (), positions),)
     mass = _real(record["mass"], "mass")
-    state.pending.setdefault(x, []).append(Found(x, queries, window, tokens, heads, flat, tuple(positions), mass))
+    state.pending.setdefault(x, []).append(Found(x, queries, window, tokens, heads, flat, positions, mass, looks))
 
 
 def _read(record: dict[str, Any], state: _State) -> Read:
@@ -373,5 +418,5 @@ def _asked(record: dict[str, Any], state: _State) -> Asked:
 
 READERS: dict[str, Callable[[dict[str, Any], _State], Event | None]] = {
     "shape": _layer, "own": _own, "fork": _fork, "put": _put, "cut": _cut, "gone": _gone, "built": _built,
-    "found": _found, "read": _read, "mark": _mark, "request": _asked,
+    "look": _look, "found": _found, "read": _read, "mark": _mark, "request": _asked,
 }  # fmt: skip
