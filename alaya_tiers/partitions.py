@@ -36,6 +36,9 @@ SLAB_BYTES = 4 << 20
 CODES_ALIGNED = 64
 """Bytes: as a GPU reads them."""
 
+TOGETHER = 8
+"""Runs coded at a time on a device."""
+
 MOST_WANTED = 64
 """Runs of blocks that one attention offers."""
 
@@ -185,14 +188,25 @@ class Partitions:
         with self._ready:
             self._ready.wait_for(lambda: self._closing or not (self._queue or self._working or self._loader))
 
+    @property
+    def together(self) -> int:
+        """Runs that are coded at a time: a GPU does little else than begin, with one."""
+        return 1 if self._mover.lanes.device.on_cpu else TOGETHER
+
     def make(self, ids: Ids) -> bool:
-        """Make the codes of blocks now, if they are in memory; whether they have some afterwards."""
+        """Make the codes of blocks of one layer now, if they are in memory; whether they have some afterwards."""
         with self._making:
             began = time.perf_counter()
             made = self._make(ids)
             if made:
                 self.seconds += time.perf_counter() - began
             return made
+
+    def make_all(self, ids: Ids) -> None:
+        """The same of runs [kv_heads, n] of a layer: all at once, or each by itself where that fails."""
+        if not self.make(ids.ravel()) and ids.shape[1] > 1:
+            for column in ids.T:
+                self.make(column)
 
     def _make(self, ids: Ids) -> bool:
         mover, book = self._mover, self._mover.ledger
@@ -213,15 +227,17 @@ class Partitions:
         try:
             g = shape.geometry
             rows = mover.fetched(ids, shape.nbytes)
-            rows = rows.view(g.dtype).view(ids.size, -1, g.width)
+            rows = rows.to(mover.lanes.device.place).view(g.dtype).view(ids.size, -1, g.width)
             at = layout.k_dim if layout.k_dim + layout.v_dim == g.width else 0
             coded = encode(rows[..., : layout.k_dim], rows[..., at : at + layout.v_dim], layout)
+            coded = None if coded is None else coded.cpu()
         finally:
             with mover.lock:
                 if self._arena is not None:
                     if coded is None:
                         self._arena.give(slots)
-                        book.coded(ids, UNCODABLE)
+                        if ids.size <= shape.geometry.kv_heads:  # of several runs some can be
+                            book.coded(ids, UNCODABLE)
                     else:
                         self._fill(slots, coded, layout)
                         book.coded(ids, slots)
@@ -369,13 +385,20 @@ class Partitions:
                 self._ready.wait_for(lambda: self._closing or self._queue)
                 if self._closing:
                     return
-                ids = self._queue.popleft()
-                self._queued.discard(int(ids[0]))
+                runs = self._next_runs()
                 self._working = True
             try:
-                self.make(ids)
+                self.make_all(np.stack(runs, 1))
             except Exception as error:  # nothing depends on it
                 self.failure = error
+
+    def _next_runs(self) -> list[Ids]:
+        """Some of the queue, of one layer. The condition is held."""
+        layer, runs = self._mover.ledger.layer, [self._queue.popleft()]
+        while self._queue and len(runs) < self.together and layer[self._queue[0][0]] == layer[runs[0][0]]:
+            runs.append(self._queue.popleft())
+        self._queued.difference_update(int(ids[0]) for ids in runs)
+        return runs
 
     def _load_promised(self) -> None:
         """Layer by layer, from the last source of each: attention, which may be there already, begins with the first.

@@ -290,11 +290,14 @@ def build(states: list[Layer], say: Callable[[int, int], None]) -> None:
             first = row.first[: state.length // state.shape.tokens]
             if first.size:
                 coded = partitions.of(state.ids(first)).coded
-                todo += [(state, partitions, state.ids(run[None])) for run in first[~coded]]
-    for done, (state, partitions, ids) in enumerate(todo):
-        for _ in state.engine.reading(ids, nothing_more):
-            partitions.make(ids.ravel())
-        say(done + 1, len(todo))
+                missing, n = first[~coded], partitions.together
+                todo += [(state, partitions, state.ids(missing[i : i + n])) for i in range(0, missing.size, n)]
+    done, every = 0, sum(ids.shape[1] for *_, ids in todo)
+    for state, partitions, ids in todo:
+        for _, here in state.engine.reading(ids, nothing_more):
+            partitions.make_all(here)
+        done += ids.shape[1]
+        say(done, every)
 
 
 def _lists(

@@ -93,13 +93,19 @@ def rotation(dim: int) -> Tensor:
     return found
 
 
+@cache
+def rotation_on(dim: int, device: torch.device) -> Tensor:
+    """The same on a device."""
+    return rotation(dim).to(device)
+
+
 def boundable(x: Tensor) -> bool:
     """Whether bounds on scores with these numbers make sense: all finite, and their squares too."""
     return bool(x.abs().max() < _HUGE) if x.numel() else True
 
 
 def encode(k: Tensor, v: Tensor, layout: Layout) -> Tensor | None:
-    """Coded blocks, uint8 [heads, layout.nbytes]. k: [heads, tokens, k_dim], v: [heads, tokens, v_dim], float.
+    """Coded blocks, where k is: uint8 [heads, layout.nbytes]. k: [heads, tokens, k_dim], v: [heads, tokens, v_dim].
 
     None when they are not ``boundable``: such blocks must be attended exactly.
     """
@@ -107,7 +113,7 @@ def encode(k: Tensor, v: Tensor, layout: Layout) -> Tensor | None:
     keys, values = k.float(), v.float()
     if not (boundable(keys) and boundable(values)):
         return None
-    rotated = keys @ rotation(k_dim)
+    rotated = keys @ rotation_on(k_dim, k.device)
     mean_k, unit_k = _bytes(rotated.mean(1))
     mean_v, unit_v = _bytes(values.mean(1))
     rest = rotated - (mean_k * unit_k)[:, None]
@@ -116,7 +122,7 @@ def encode(k: Tensor, v: Tensor, layout: Layout) -> Tensor | None:
     scale = (low + step * level)[..., None]
     code = (rest / scale + half).round_().clamp_(0, 2 * half)
     error = (rest - scale * (code - half)).norm(dim=2)
-    out = torch.zeros(heads, layout.nbytes, dtype=torch.uint8)
+    out = torch.zeros(heads, layout.nbytes, dtype=torch.uint8, device=k.device)
     head = out[:, : 4 * HEAD].view(torch.float32)
     head[:, RATIO] = (error / scale[..., 0]).amax(1) * 1.0001
     head[:, SLACK] = keys.norm(dim=2).amax(1) * (k_dim * 2.0**-22) + _NO_SCALE  # what rounding in sums can cost
@@ -125,11 +131,11 @@ def encode(k: Tensor, v: Tensor, layout: Layout) -> Tensor | None:
         head[:, place] = number[:, 0]
     means = out[:, 4 * HEAD : layout.levels_at].view(torch.int8)
     means[:, :k_dim], means[:, layout.dims :] = mean_k.to(torch.int8), mean_v.to(torch.int8)
-    levels = torch.zeros(heads, layout.rows, dtype=torch.uint8)
+    levels = torch.zeros(heads, layout.rows, dtype=torch.uint8, device=k.device)
     levels[:, :tokens] = level.to(torch.uint8)
     lows, highs = levels.view(heads, -1, 2, LANES // 2).unbind(2)
     out[:, layout.levels_at : layout.levels_at + layout.rows // 2] = (lows | highs << 4).view(heads, -1)
-    packed = torch.zeros(heads, layout.rows, layout.dims, dtype=torch.uint8)
+    packed = torch.zeros(heads, layout.rows, layout.dims, dtype=torch.uint8, device=k.device)
     packed[:, :tokens, :k_dim] = code.to(torch.uint8)
     lanes = packed.view(heads, layout.rows // LANES, LANES, layout.dims // 4, 4).transpose(2, 3)
     if layout.bits == 4:

@@ -113,9 +113,9 @@ def parse_contexts(text: str) -> tuple[int, ...]:
 class Context:
     """Standard normal K and V of any length: the same numbers for every cache, made when asked for."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, place: torch.device | None = None) -> None:
         self.shape = shape
-        self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(1)).to(DTYPES[shape.dtype])
+        self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(1)).to(place, DTYPES[shape.dtype])
 
     @property
     def dtype(self) -> torch.dtype:

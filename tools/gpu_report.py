@@ -23,6 +23,10 @@ class Decode:
     fill: float = 0.0
     seconds: list[float] = field(default_factory=list)
     peak: int = 0
+    attended: float | None = None
+    """Share of the tokens that were attended and not estimated."""
+    waits: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Calls of CUDA in a step, by name: how often, and seconds."""
     skipped: str | None = None
 
     @property
@@ -44,7 +48,19 @@ class Found:
     first: list[dict[str, Any]] = field(default_factory=list)
     prefill: dict[str, float] = field(default_factory=dict)
     """Tokens a second."""
+    kernels: list[dict[str, Any]] = field(default_factory=list)
+    """Bytes each must move, and seconds of a launch; the first is a plain copy."""
+    quality: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def put(self, kind: str, result: Any) -> None:
+        """One result more: of a list, or some of a mapping."""
+        mine = getattr(self, kind)
+        if isinstance(mine, dict):
+            mine.update(result)
+        else:
+            mine.extend(result) if isinstance(result, list) else mine.append(result)
 
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -57,8 +73,15 @@ def tables(found: Found) -> list[Table]:
     for name in ("", "GB/s", "of the bus"):
         bus.add_column(name, justify="left" if not name else "right")
     for name, rate in found.copies.items():
-        limit = found.copies["bus, up" if name.endswith("up") else "bus, down"]
+        limit = found.copies.get("bus, up" if name.endswith("up") else "bus, down", rate)
         bus.add_row(name, f"{rate / 1e9:.1f}", f"{rate / limit:.2f}")
+    memory = Table(title="kernels against a copy in the same memory")
+    for name in ("", "GB/s", "of the copy", "us"):
+        memory.add_column(name, justify="left" if not name else "right")
+    for each in found.kernels:
+        rate = each["nbytes"] / each["seconds"]
+        limit = found.kernels[0]["nbytes"] / found.kernels[0]["seconds"]
+        memory.add_row(each["kernel"], f"{rate / 1e9:.0f}", f"{rate / limit:.2f}", f"{1e6 * each['seconds']:.0f}")
     steps = Table(title="a decode step, ms (of full attention in GPU memory)")
     steps.add_column("tokens", justify="right")
     for way in WAYS:
@@ -66,7 +89,7 @@ def tables(found: Found) -> list[Table]:
     for tokens in sorted({each.tokens for each in found.decode}):
         by_way = {each.name: each for each in found.decode if each.tokens == tokens}
         steps.add_row(f"{tokens:,}", *(_cell(by_way, way) for way in WAYS))
-    rest = Table(title="first token and prefill")
+    rest = Table(title="first token, prefill, quality")
     for name in ("", "", ""):
         rest.add_column(name)
     for each in found.first:
@@ -74,7 +97,32 @@ def tables(found: Found) -> list[Table]:
             rest.add_row(f"first token, {each['tokens']:,} tokens", name, f"{seconds:.2f} s")
     for name, rate in found.prefill.items():
         rest.add_row("prefill", name, f"{rate:,.0f} tokens/s")
-    return [bus, steps, rest]
+    for each in found.quality:
+        told = f"loss {each['loss']:.4f}, {each['right']} of {each['answers']} right"
+        rest.add_row(f"{each['task']}, {each['tokens']:,} tokens", each["way"], told)
+    return [bus, memory, steps, _closely(found), rest]
+
+
+def _closely(found: Found) -> Table:
+    """What a step attended, took of GPU memory, and waited."""
+    table = Table(title="in a decode step")
+    for name in ("tokens", "", "attended", "GPU memory, GiB", "waits", "ms waited"):
+        table.add_column(name, justify="left" if not name else "right")
+    for each in found.decode:
+        waits = [call for name, call in each.waits.items() if "Synchronize" in name]
+        calls, seconds = (sum(call[what] for call in waits) for what in ("calls", "seconds"))
+        attended = "all" if each.attended is None else f"{each.attended:.2%}"
+        row = (
+            f"{each.tokens:,}",
+            each.name,
+            attended,
+            f"{each.peak / 2**30:.1f}",
+            f"{calls:.0f}",
+            f"{1e3 * seconds:.2f}",
+        )
+        if each.seconds:
+            table.add_row(*row)
+    return table
 
 
 def _cell(by_way: dict[str, Decode], way: str) -> str:

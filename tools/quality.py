@@ -118,7 +118,7 @@ def prefilled(model: Any, ids: Tensor) -> DynamicCache:
     """The keys and values of a context, exactly."""
     cache = DynamicCache(config=model.config)
     for start in range(0, ids.numel(), CHUNK):
-        model.base_model(input_ids=ids[None, start : start + CHUNK], past_key_values=cache)
+        model.base_model(input_ids=ids[None, start : start + CHUNK].to(model.device), past_key_values=cache)
     return cache
 
 
@@ -146,7 +146,8 @@ def answered(model: Any, cache: DynamicCache, question: Question) -> tuple[list[
     fork, loss, sure = copy.deepcopy(cache), list[float](), list[bool]()
     tokens = [*question.prompt, *question.answer]
     for place, token in enumerate(tokens[:-1]):
-        logits = model(input_ids=torch.tensor([[token]]), past_key_values=fork).logits[0, -1].float()
+        one = torch.tensor([[token]], device=model.device)
+        logits = model(input_ids=one, past_key_values=fork).logits[0, -1].float()
         if place + 1 >= len(question.prompt):
             loss.append(-float(torch.log_softmax(logits, -1)[tokens[place + 1]]))
             sure.append(int(logits.argmax()) == tokens[place + 1])
