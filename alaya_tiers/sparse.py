@@ -172,7 +172,7 @@ def attend(
         tokens = [NONE if everything else some for some, everything in zip(found.tokens, dear, strict=True)]
         looks.attended(tokens)
         near = merge([near, *_lists(asked, here, middle, tokens, layout.rows)])
-        use.scanned_bytes += here.size * coded.sum() * layout.nbytes
+        use.scanned_bytes += here.size * int(coded.sum()) * layout.nbytes
         return Looked(
             found.tokens, dear, near, merge((near, Partial(found.rest.to(q.device), found.rest_lse.to(q.device))))
         )

@@ -3,6 +3,8 @@
 import copy
 import itertools
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -188,6 +190,36 @@ def test_training_goes_on_from_a_checkpoint_as_if_nothing_had_happened(library: 
         checkpoint.write_bytes(damaged)
         with pytest.raises(ConfigError, match="remove it"):
             whole.resume(checkpoint)
+
+
+def test_training_stops_when_its_minutes_are_over_and_goes_on(library: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    command = ["train", str(library), str(model), "--preset", "quick", "--threads", "1"]
+    result = CliRunner().invoke(cli.app, [*command, "--minutes", "0"])
+    assert result.exit_code == 0, result.output
+    assert "step 0 of 6" in " ".join(result.output.split())
+    assert [path.name for path in model.iterdir()] == ["checkpoint.pt"]
+    result = CliRunner().invoke(cli.app, command)
+    assert result.exit_code == 0, result.output
+    assert (model / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_large_preset_is_what_a_gpu_trains(library: Path, tmp_path: Path) -> None:
+    """Its sizes, and two steps of it over short sequences."""
+    preset = train.PRESETS["large"]
+    assert preset.heads > preset.kv_heads
+    assert preset.stages[-1].tokens == 16_384
+    few = replace(preset, stages=tuple(replace(s, steps=1, rows=2, tokens=64) for s in preset.stages[2:4]))
+    seen, unseen = train.read_books(library)
+    tokenizer = fit_tokenizer(seen, preset.vocabulary)
+    run = train.Run.start(few, 0, "cpu")
+    assert 20e6 < sum(p.numel() for p in run.model.parameters()) < 100e6
+    tasks = train.tasks_of(tokenizer, seen)
+    assert train.train(
+        run, tasks, train.tasks_of(tokenizer, unseen), tmp_path / "checkpoint.pt", lambda run, loss: None
+    )
+    assert all(math.isfinite(point["loss"]) for point in run.curve)
 
 
 def test_the_command_trains_a_model_that_the_benchmarks_take(library: Path, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ PRESETS = {
         ),
     ),
 }  # fmt: skip
-"""small: minutes on a processor. large: for a CUDA GPU.
+"""small: minutes on a processor. large: 26 million parameters and 450 million tokens, for a CUDA GPU.
 
 Recall comes soonest from phrases of few different tokens, here within 300 steps of 2,048 tokens; with all 512 tokens
 from the start it was not there after 1,500. Then the tokens become more, the sequences longer, and the books join.
@@ -252,10 +252,23 @@ class Run:
         return loss.item()
 
 
-def train(run: Run, tasks: Tasks, unseen: Tasks, checkpoint: Path, say: Callable[[Run, float], None]) -> None:
-    """All steps that are left. say: told after each, with its loss. unseen: what the curve is measured on."""
-    every = max(1, run.preset.steps // 40)
+def train(
+    run: Run,
+    tasks: Tasks,
+    unseen: Tasks,
+    checkpoint: Path,
+    say: Callable[[Run, float], None],
+    seconds: float = math.inf,
+) -> bool:
+    """All steps that are left, or as many as ``seconds`` allow; whether none is left. A run that stops is saved.
+
+    say: told after each, with its loss. unseen: what the curve is measured on.
+    """
+    every, end = max(1, run.preset.steps // 40), time.perf_counter() + seconds
     while run.step < run.preset.steps:
+        if time.perf_counter() > end:
+            run.save(checkpoint)
+            return False
         (stage, letters), loss = run.preset.stage(run.step), run.advance(tasks)
         if run.step % every == 0 or run.step == run.preset.steps:
             judged = judge(run.model, replace(unseen, alphabet=letters), stage.tokens, run.seed)
@@ -264,6 +277,7 @@ def train(run: Run, tasks: Tasks, unseen: Tasks, checkpoint: Path, say: Callable
             run.curve.append(facts | judged)
             run.save(checkpoint)
         say(run, loss)
+    return True
 
 
 def publish(run: Run, tokenizer: Tokenizer, unseen: str, out: Path) -> None:
@@ -297,14 +311,20 @@ def command(
     out: Annotated[Path, typer.Argument(help="A folder for the model.", show_default=False)],
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "small",
     seed: Annotated[int, typer.Option(min=0, help="Decides weights and batches.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, or cuda (never tried).")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu, or cuda (never tried there).")] = "cpu",
+    minutes: Annotated[
+        float,
+        typer.Option(
+            min=0, help="Stop after so many, to go on when called again. [dim]default: never[/dim]", show_default=False
+        ),
+    ] = math.inf,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of torch. [dim]default: torch decides[/dim]", show_default=False)
     ] = None,
 ) -> None:
     """Trains a small model that reads books and remembers them. Example: alaya-tiers train books/ my-model/
 
-    A run that was interrupted goes on where it was when it is called again.
+    A run that was interrupted goes on where it was when it is called again. With a GPU: --preset large --device cuda.
     """
     errors = Console(stderr=True)
     with one_line_errors(errors):
@@ -324,7 +344,12 @@ def command(
         if checkpoint.exists():
             run.resume(checkpoint)
         with progress(errors, plan.steps) as say:
-            train(run, tasks_of(tokenizer, seen), tasks_of(tokenizer, unseen), checkpoint, say)
+            known_text, unknown = tasks_of(tokenizer, seen), tasks_of(tokenizer, unseen)
+            done = train(run, known_text, unknown, checkpoint, say, 60 * minutes)
+        if not done:
+            where = f"step {run.step:,} of {plan.steps:,} after {run.seconds:,.0f} s"
+            Console(file=sys.stdout).print(f"{out}: {where}; call again to go on")
+            return
         publish(run, tokenizer, "\n".join(text[-UNSEEN_CHARACTERS:] for text in unseen), out)
         checkpoint.unlink()
     last = run.curve[-1]
