@@ -37,7 +37,7 @@ def test_this_machine_is_measured_and_the_file_says_what_was_found(tmp_path: Pat
     assert found.identity == profile.identity() == shown["identity"]
     assert shown["memory_read"] == pytest.approx(found.memory_read, rel=1e-3)
     assert 1e8 < found.memory_read < 1e13
-    assert {one.size for one in found.ssd} == {16 << 10, 64 << 10, 256 << 10, 1 << 20}
+    assert {one.size for one in found.ssd} == {16 << 10, 64 << 10, 256 << 10, 1 << 20, 4 << 20}
     assert all(one.read > 1e5 and one.write > 1e5 and 0 < one.latency < 10 for one in found.ssd)
     assert list(tmp_path.iterdir()) == [path], "what was measured with was left behind"
     Settings.from_dict(dict(found.settings()))
@@ -53,6 +53,11 @@ def test_rates_are_of_the_nearest_that_was_measured() -> None:
     assert KNOWN.attend_rate("bfloat16", 64) == 2e10
     assert KNOWN.transfer(20_000, 4) is SSD[0]
     assert KNOWN.transfer(4 << 20, 1) is SSD[1]
+    few, many = (replace(SSD[0], depth=4, size=size, read=rate) for size, rate in ((1 << 16, 1e9), (1 << 20, 3e9)))
+    between = replace(KNOWN, ssd=(many, few, replace(few, depth=1, read=5e8), replace(many, depth=1, read=5e8)))
+    rates = between.rates_of([1 << 10, 1 << 16, 1 << 18, 1 << 20, 1 << 30], deep=True)
+    assert rates.tolist() == pytest.approx([1e9, 1e9, 2e9, 3e9, 3e9])
+    assert between.rates_of([1 << 18], deep=False).tolist() == [5e8]
     assert KNOWN.machine(layers=3) == {
         "ssd_read": 2e9, "ssd_write": 1e9, "pcie": 1.5e10, "flops": 1e11, "device_read": KNOWN.weights,
         "step": KNOWN.step + 3 * KNOWN.layer,

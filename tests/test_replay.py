@@ -1,5 +1,6 @@
 """Recorded runs replayed: against the engine itself, byte for byte where nothing depends on who is faster."""
 
+import asyncio
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +10,9 @@ import pytest
 
 from alaya_tiers.errors import BudgetTooSmall, ConfigError
 from alaya_tiers.policies import EVICTION
-from alaya_tiers.tools import validate
+from alaya_tiers.tools import validate, virtual
 from alaya_tiers.tools.phases import Phase
+from alaya_tiers.tools.profile import Transfer
 from alaya_tiers.tools.recorded import Recording, open_recording
 from alaya_tiers.tools.replay import Replay, replayed
 from alaya_tiers.tools.validate import EXACT, FLOOR, PROMPT, SPARSE, Case, Numbers, Workload
@@ -105,6 +107,35 @@ def test_more_memory_reads_less_and_a_slower_disk_takes_longer(traces: dict[Work
     settings = Case(EXACT, 0.5, 64, "lru", "none").settings(small)
     slow = replace(KNOWN, ssd=tuple(replace(t, read=t.read / 10) for t in KNOWN.ssd))
     assert replayed(traces[EXACT], slow, **settings)[-1].tpot > 2 * one.tpot
+
+
+def test_transfers_share_the_disk_and_a_batch_costs_once() -> None:
+    """One alone is as fast as one may be; many share what many reach, and begin and end whenever they like."""
+    rates = (Transfer(1 << 20, 1, 1e6, 1e6, 0.0), Transfer(1 << 20, 4, 2e6, 2e6, 0.0))
+    known = replace(KNOWN, ssd=rates, load=0.5, digest=1e18)
+    ended: dict[str, float] = {}
+
+    def when(*jobs: tuple[str, float, int, bool]) -> dict[str, float]:
+        loop, disk = virtual.VirtualLoop(), virtual.TimedDisk(known, 4)
+
+        async def one(name: str, at: float, size: int, begins: bool) -> None:
+            await asyncio.sleep(at)
+            await disk.run(virtual.Transfer([size], None, write=False, begins=begins))
+            ended[name] = loop.now
+
+        async def work() -> None:
+            await asyncio.gather(*(one(*job) for job in jobs))
+
+        ended.clear()
+        virtual.run(loop, work())
+        return ended.copy()
+
+    assert when(("a", 0.0, 1_000_000, False)) == pytest.approx({"a": 1.0})
+    assert when(("a", 0.0, 1_000_000, True)) == pytest.approx({"a": 1.5})
+    assert when(("a", 0.0, 1_000_000, False), ("b", 0.0, 1_000_000, False)) == pytest.approx({"a": 1.0, "b": 1.0})
+    both = when(("a", 0.0, 2_000_000, False), ("b", 1.0, 500_000, False))
+    assert both == pytest.approx({"a": 2.0, "b": 1.5}), "b shares for half a second, then a is alone again"
+    assert len(when(*((f"{i}", 0.0, 1_000_000, False) for i in range(8)))) == 8
 
 
 def test_what_cannot_be_replayed_is_refused(tmp_path: Path) -> None:

@@ -193,8 +193,7 @@ class Attending:
             began = self.loop.now
             if taken.reading:
                 await asyncio.wait(taken.reading)  # type: ignore[type-var]  # the tasks that ``submit`` made
-                await asyncio.sleep(self.profile.load)
-            self.phase.waited += self.loop.now - began
+                self.phase.waited += self.loop.now - began
             self.pages.give(taken)
             self.unpin(np.unique(taken.pages // self.pages.per), used=False)
 
@@ -253,7 +252,6 @@ class Attending:
             batch, task = running[0]
             began = self.loop.now
             await task
-            await asyncio.sleep(self.profile.load)
             self.phase.waited += self.loop.now - began
             running.popleft()
             start()

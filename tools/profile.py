@@ -2,9 +2,13 @@
 
 import datetime
 import tomllib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from alaya_tiers.errors import ConfigError, OtherMachine
 from alaya_tiers.index.plan import Rates
@@ -36,8 +40,8 @@ class Profile:
     attend: bytes of K and V that the exact kernel attends, by dtype and head dimension ("float32/64"). scan: numbers of
     8-bit codes. pick: seconds of a key attended singly. encode: numbers of keys whose codes are made. weights: bytes of
     a model's weights that a decode step reads. flops: of prefill, really reached. step, layer: seconds of a decode step
-    that depend on no size: once, and in each layer. look: what sparse attention adds in each layer. load: what waiting
-    for one batch from the SSD adds to the disk's time.
+    that depend on no size: once, and in each layer. look: what sparse attention adds in each layer. load: what a batch
+    from the SSD takes beside the disk's time and attending it, others on their way.
     digest: bytes of blocks that one thread checks or names. page: seconds of a page of 4 KiB read singly from the SSD,
     many under way.
     """
@@ -75,10 +79,18 @@ class Profile:
         return min(known.items(), key=lambda one: abs(int(one[0].partition("/")[2]) - dim))[1]
 
     def transfer(self, size: float, depth: int) -> Transfer:
-        """The measured row that is nearest to such requests."""
-        return min(
-            self.ssd, key=lambda one: (abs(one.size.bit_length() - int(size).bit_length()), -(one.depth <= depth))
-        )
+        """The measured row that is nearest to such requests: in size, then the deepest that is not deeper."""
+        near = min(abs(one.size.bit_length() - int(size).bit_length()) for one in self.ssd)
+        rows = [one for one in self.ssd if abs(one.size.bit_length() - int(size).bit_length()) == near]
+        return max(rows, key=lambda one: (one.depth <= depth, one.depth if one.depth <= depth else -one.depth))
+
+    def rates_of(self, sizes: Sequence[int], *, deep: bool, write: bool = False) -> npt.NDArray[np.float64]:
+        """Bytes a second of requests of these sizes, of all together, between the sizes that were measured. deep: many
+        at once, rather than one."""
+        depth = (max if deep else min)(one.depth for one in self.ssd)
+        rows = sorted((one.size, one.write if write else one.read) for one in self.ssd if one.depth == depth)
+        known, rates = zip(*rows, strict=True)
+        return np.asarray(np.interp(np.log2(sizes), np.log2(known), rates))
 
     @property
     def ssd_read(self) -> float:

@@ -4,6 +4,7 @@ import asyncio
 import heapq
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -19,6 +20,9 @@ from alaya_tiers.tiers.ssd import LEAST_PAGES, SsdTier
 from alaya_tiers.tools.profile import Profile
 
 T = TypeVar("T")
+
+TICK = 1e-12
+"""Seconds that are none."""
 
 
 class VirtualLoop(asyncio.BaseEventLoop):
@@ -64,10 +68,12 @@ class Memory(Arena):
 
 class Transfer:
     """A job of the disk: it does nothing, and ``TimedDisk`` knows how long that takes. extents: bytes of each; singly:
-    many are asked for at once, as pages are."""
+    many are asked for at once, as pages are; begins: it is the first of a batch that somebody asked for."""
 
-    def __init__(self, extents: list[int], result: Any, *, write: bool, singly: bool = False) -> None:
-        self.extents, self.write, self.singly = extents, write, singly
+    def __init__(
+        self, extents: list[int], result: Any, *, write: bool, singly: bool = False, begins: bool = False
+    ) -> None:
+        self.extents, self.write, self.singly, self.begins = extents, write, singly, begins
         self._result = result
 
     def __call__(self) -> Any:
@@ -94,7 +100,10 @@ class Ssd(SsdTier):
         self, numbers: npt.NDArray[np.int32], offsets: Any, addresses: Addresses, digests: Any
     ) -> list[Callable[[], None]]:
         split = self._split(numbers, offsets, addresses)
-        return [Transfer([run.nbytes for run in runs], None, write=False) for runs in split]
+        return [
+            Transfer([run.nbytes for run in runs], None, write=False, begins=not number)
+            for number, runs in enumerate(split)
+        ]
 
     def page_jobs(
         self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses, digests: Any = None
@@ -107,7 +116,7 @@ class Ssd(SsdTier):
             joined = (np.diff(numbers[some]) == 0) & (np.diff(offsets[some]) == PAGE)
             begin = np.flatnonzero(np.append(True, ~joined))
             extents = np.diff(np.append(begin, some.size)) * PAGE
-            jobs.append(Transfer(extents.tolist(), None, write=False, singly=True))
+            jobs.append(Transfer(extents.tolist(), None, write=False, singly=True, begins=not i))
         return jobs
 
     def write_index(self, number: int) -> None:
@@ -117,39 +126,79 @@ class Ssd(SsdTier):
         """There is no file."""
 
 
+@dataclass(slots=True)
+class _Job:
+    """left: seconds of what the disk does with many transfers at once. alone: times that, how fast it is alone."""
+
+    left: float
+    alone: float
+    done: "asyncio.Future[None]"
+
+
 class TimedDisk:
-    """A seams.Executor of ``threads`` threads: each transfer takes as long as a profile says, shared fairly."""
+    """A seams.Executor of ``threads`` threads: transfers share what a profile says the disk does, and take turns for
+    what a batch costs beside it."""
 
     def __init__(self, profile: Profile, threads: int) -> None:
         self._profile, self._free = profile, asyncio.Semaphore(threads)
-        self._threads = threads
-        self._running = 0
+        self._jobs: list[_Job] = []
+        self._since = 0.0
+        self._timer: asyncio.TimerHandle | None = None
 
     async def run(self, work: Callable[[], T]) -> T:
         """The result of a job, after the time it takes."""
         if isinstance(work, Transfer):
             async with self._free:
-                self._running += 1
-                try:
-                    await asyncio.sleep(self._seconds(work))
-                finally:
-                    self._running -= 1
+                await self._served(work)
         return work()
 
     def close(self) -> None:
         """Nothing is open."""
 
-    def _seconds(self, work: Transfer) -> float:
-        depth, seconds = self._running, 0.0
+    async def _served(self, work: Transfer) -> None:
+        loop = asyncio.get_running_loop()
+        seconds, alone = self._seconds(work)
+        self._advance(loop.time())
+        job = _Job(seconds, alone, loop.create_future())
+        self._jobs.append(job)
+        self._wait(loop)
+        await job.done
+
+    def _speed(self, job: _Job) -> float:
+        return 1 / len(self._jobs) if len(self._jobs) > 1 else job.alone
+
+    def _advance(self, now: float) -> None:
+        for job in self._jobs:
+            job.left -= (now - self._since) * self._speed(job)
+        self._since = now
+
+    def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None
+        if self._jobs:
+            first = min(job.left / self._speed(job) for job in self._jobs)
+            self._timer = loop.call_at(self._since + max(0.0, first), self._ended, loop)
+
+    def _ended(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._advance(loop.time())
+        for job in [job for job in self._jobs if job.left <= TICK]:
+            self._jobs.remove(job)
+            if not job.done.done():
+                job.done.set_result(None)
+        self._wait(loop)
+
+    def _seconds(self, work: Transfer) -> tuple[float, float]:
+        """Seconds among many transfers at once, and how much faster it is alone."""
+        known, sizes = self._profile, np.array(work.extents)
+        beside = known.load * work.begins + float(sizes.sum()) / known.digest
         if work.singly:
-            sizes = np.array(work.extents)
-            busy = float(np.maximum(self._profile.page, sizes / self._profile.ssd_read).sum())
-            return self._profile.ssd[0].latency + busy * depth + float(sizes.sum()) / self._profile.digest
-        for size in work.extents:
-            known = self._profile.transfer(size, depth)
-            rate = known.write if work.write else known.read
-            seconds += size / rate * depth / min(depth, known.depth) + size / self._profile.digest
-        return seconds
+            return beside + known.ssd[0].latency + float(np.maximum(known.page, sizes / known.ssd_read).sum()), 1.0
+        many, alone = (
+            beside + float((sizes / known.rates_of(work.extents, deep=deep, write=work.write)).sum())
+            for deep in (True, False)
+        )
+        return many, many / alone
 
 
 def run(loop: VirtualLoop, work: Any) -> Any:
