@@ -62,8 +62,11 @@ def attend_anywhere(
     place = blocks.engine.mover.lanes.device.place
     best = torch.empty(top.shape, device=place)
     found = blocks.attend(q.to(place), scale, lo, hi, softcap, best, latent=latent)
-    top.copy_(best)
-    return Partial(found.out.cpu(), found.lse.cpu())
+    sizes = [found.out.numel(), found.lse.numel(), best.numel()]
+    whole = torch.cat([x.reshape(-1) for x in (*found, best)]).cpu()  # one wait for all
+    out, lse, highest = torch.split(whole, sizes)
+    top.copy_(highest.view(top.shape))
+    return Partial(out.view(found.out.shape), lse.view(found.lse.shape))
 
 
 def copied_rows(engine: Engine, blocks: Ids, where: npt.NDArray[np.int64], g: Geometry) -> Tensor:

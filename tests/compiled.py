@@ -99,10 +99,27 @@ def scanning(compiler: Compiler, k_dim: int, bits: int, rows: int, margin: float
     scan_kernels.finish(scan_kernels.begin(asked, shape, 0.1, 0.0, margin), torch.zeros(8, rows))
 
 
+def growing(compiler: Compiler) -> None:
+    """A context that becomes longer: nothing of this may compile anew with every block."""
+    compiler.label, q = "growing", torch.zeros(8, 4, 128, dtype=torch.bfloat16)
+    layout, turned = Layout(256, 128, 128, 4), torch.randn(8, 4, 128)
+    shape = scan_kernels.Shape(layout.dims, layout.v_dim, layout.rows, 4, layout.codes_at)
+    ends, rounded = torch.zeros(4, dtype=torch.int32), scan_kernels.rounded(turned, 0.2)
+    for n in (2, 16, 37, 600, 1201):
+        table, counts = torch.zeros(8, n, dtype=torch.int64), torch.zeros(n, dtype=torch.int32)
+        blocks = kernels.Table(table, counts, counts, 128, 128, torch.bfloat16, 256)
+        kernels.attend_blocks(q, blocks, 0.1, ends, ends, None)
+        where, first = torch.zeros(8 * n, dtype=torch.int64), torch.zeros(9, dtype=torch.int64)
+        kernels.attend_lists(q, where, first, n, (128, 128), torch.bfloat16, 0.1, None)
+        asked = scan_kernels.Asked(turned, rounded, table, counts, counts, torch.zeros(8, 4), torch.zeros(8))
+        scan_kernels.finish(scan_kernels.begin(asked, shape, 0.1, 0.0, 0.2), torch.zeros(8, 4))
+
+
 if __name__ == "__main__":
     compiler, widely = Compiler(), sys.argv[1:] == ["all"]
     attention(compiler, torch.bfloat16, 128, 128, 4)
     scanning(compiler, 128, 4, 4, 0.2)
+    growing(compiler)
     if widely:
         for dtype in kernels.DTYPES:
             for k_dim, v_dim, rows in (

@@ -93,7 +93,7 @@ class Cuda:
     # ------------------------------------------------------------------ kernels
     def write_rows(self, k: Tensor, v: Tensor, addresses: Addresses) -> None:
         with self.computing():
-            kernels.write_rows(k, v, *self.up(addresses))
+            kernels.write_rows(k.to(self.place), v.to(self.place), *self.up(addresses))  # of a layer on another GPU
 
     def fill(self, targets: Sequence[Tensor]) -> None:
         with self.computing():
@@ -110,6 +110,7 @@ class Cuda:
         softcap: float | None,
         top: Tensor | None = None,
     ) -> Partial:
+        q = q.to(self.place)
         with self.computing():
             if blocks.latent or blocks.dtype not in kernels.DTYPES or q.shape[1] > kernels.MOST_ROWS:
                 return self._attend_plainly(q, blocks, scale, lo, hi, softcap, top)

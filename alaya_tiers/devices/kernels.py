@@ -9,7 +9,7 @@
 
 Inputs are multiplied in the dtype they are stored in, summed in float32; float32 itself without TF32. Weights are
 rounded to the stored dtype before they meet the values, as flash attention does. Triton compiles each kernel once per
-combination of constants, on its first use.
+combination of constants, on its first use: nothing that grows with a context is one.
 """
 
 from typing import Any, NamedTuple
@@ -55,7 +55,7 @@ def attend_blocks(
     blocks = table.addresses.shape[1]
     per = -(-blocks // max(1, min(blocks, PROGRAMS // heads)))
     splits = max(1, -(-blocks // max(per, 1)))
-    parts = _Parts.of(q, heads, splits, rows, table.v_dim)
+    parts = _Parts.of(q, heads, splits, rows, table.v_dim, seen=blocks > 0)
     if blocks:
         _attend_blocks[heads, splits](
             q.contiguous(), table.addresses, table.starts, table.counts, lo, hi, parts.out, parts.lse, parts.top,
@@ -81,7 +81,7 @@ def attend_lists(
     heads, rows, _ = q.shape
     per = max(TILE, TILE * (-(-longest // TILE) // max(1, PROGRAMS // heads) + 1))
     splits = max(1, -(-longest // per))
-    parts = _Parts.of(q, heads, splits, rows, dims[1])
+    parts = _Parts.of(q, heads, splits, rows, dims[1], seen=longest > 0)
     if longest:
         _attend_lists[heads, splits](
             q.contiguous(), addresses, first, parts.out, parts.lse, per, scale, softcap or 0.0, rows,
@@ -97,7 +97,7 @@ def merge(out: Tensor, lse: Tensor) -> Partial:
         return Partial(out[:, 0], lse[:, 0])
     whole = Partial(out.new_empty(heads, rows, v_dim), lse.new_empty(heads, rows))
     _merge[heads, rows](
-        out, lse, whole.out, whole.lse, splits, rows, v_dim, SPLITS=power(splits, 1), V=power(v_dim, 16)
+        out, lse, whole.out, whole.lse, splits, rows, v_dim, SPLITS=power(splits, 16), V=power(v_dim, 16)
     )
     return whole
 
@@ -108,7 +108,7 @@ def gather(addresses: Tensor, starts: Tensor, counts: Tensor, most: int, lo: int
     width = rows.shape[-1]
     if blocks and rows.numel():
         _gather[heads, blocks, -(-most // GATHERED)](
-            addresses, starts, counts, rows, addresses.stride(0), rows.stride(0), lo, hi,
+            addresses, starts, counts, rows, addresses.stride(0), rows.shape[1], lo, hi,
             DTYPE=DTYPES[rows.dtype], WIDTH=width, W=power(width, 16), TILE=GATHERED,
             ALIGNED=_aligned(width, rows.dtype),
         )  # fmt: skip
@@ -132,14 +132,18 @@ def scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
 
 
 class _Parts(NamedTuple):
-    """What splits leave: as if they had seen nothing, to begin with."""
+    """What splits leave."""
 
     out: Tensor
     lse: Tensor
     top: Tensor
 
     @classmethod
-    def of(cls, q: Tensor, heads: int, splits: int, rows: int, v_dim: int) -> "_Parts":
+    def of(cls, q: Tensor, heads: int, splits: int, rows: int, v_dim: int, *, seen: bool) -> "_Parts":
+        """Room for them, which every split fills; where there is nothing to be seen, as if they had seen it."""
+        if seen:
+            made, bars = q.new_empty, (2, heads, splits, rows)
+            return cls(made(heads, splits, rows, v_dim, dtype=torch.float32), *made(bars, dtype=torch.float32))
         nothing = torch.full((2, heads, splits, rows), -torch.inf, device=q.device)
         return cls(torch.zeros(heads, splits, rows, v_dim, device=q.device), nothing[0], nothing[1])
 
@@ -235,7 +239,7 @@ def _leave(out_at, lse_at, part, rows, most, mass, out, V_DIM: tl.constexpr, V: 
     tl.store(at, out, mask=(r[:, None] < rows) & (d[None, :] < V_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "blocks", "per", "rows", "longest"])
 def _attend_blocks(
     q_at,
     addresses,
@@ -286,7 +290,7 @@ def _attend_blocks(
     _leave(out_at, lse_at, part, rows, most, mass, out, V_DIM, V, R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["per", "rows"])
 def _attend_lists(
     q_at,
     addresses,
@@ -325,7 +329,7 @@ def _attend_lists(
     _leave(out_at, lse_at, head * tl.num_programs(1) + split, rows, most, mass, out, V_DIM, V, R)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "rows"])
 def _merge(out_at, lse_at, whole_at, whole_lse, splits, rows, v_dim, SPLITS: tl.constexpr, V: tl.constexpr):
     head, row = tl.program_id(0), tl.program_id(1)
     s, d = tl.arange(0, SPLITS), tl.arange(0, V)
@@ -342,14 +346,14 @@ def _merge(out_at, lse_at, whole_at, whole_lse, splits, rows, v_dim, SPLITS: tl.
     tl.store(whole_lse + head * rows + row, tl.where(some, most + tl.log(safe), float("-inf")))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "tokens", "lo", "hi"])
 def _gather(
     addresses,
     starts,
     counts,
     rows_at,
     stride,
-    head_stride,
+    tokens,
     lo,
     hi,
     DTYPE: tl.constexpr,
@@ -367,7 +371,7 @@ def _gather(
     if ALIGNED:
         block = tl.multiple_of(block, 16)
     found = tl.load(block + token[:, None] * WIDTH + d[None, :], mask=inside, other=0.0)
-    target = rows_at + head.to(tl.int64) * head_stride + (position - lo).to(tl.int64)[:, None] * WIDTH + d[None, :]
+    target = rows_at + head.to(tl.int64) * tokens * WIDTH + (position - lo).to(tl.int64)[:, None] * WIDTH + d[None, :]
     tl.store(target, found, mask=inside)
 
 

@@ -148,7 +148,7 @@ def finish(began: Began, start: Tensor, cap: int = CAP) -> Finished:
         asked.rounded.parts, asked.rounded.sums, asked.rounded.numbers, asked.blocks, start, asked.reach, began.bar,
         began.hits, began.n_hits, began.offsets, began.out, began.most, began.mass, lse, top, n_kept,
         asked.blocks.shape[1], began.per, began.scale, began.softcap, began.margin, rows, heads * rows, splits,
-        **_constants(shape, rows), PARTS=asked.rounded.parts.shape[1], SPLITS=kernels.power(splits, 1),
+        **_constants(shape, rows), PARTS=asked.rounded.parts.shape[1], SPLITS=SPLITS,
     )  # fmt: skip
     rest = kernels.merge(began.out, lse)
     return Finished(packed(began, n_kept, cap), n_kept, top, rest.out, rest.lse)
@@ -160,7 +160,7 @@ def packed(began: Began, n_kept: Tensor, cap: int) -> Tensor:
     lists = torch.empty(heads, cap, dtype=torch.int32, device=n_kept.device)
     _pack[heads, splits](
         began.hits, n_kept, lists, began.hits.shape[1], began.per * began.shape.tokens, cap, splits,
-        SPLITS=kernels.power(splits, 1), TILE=256,
+        SPLITS=SPLITS, TILE=256,
     )  # fmt: skip
     return lists
 
@@ -234,7 +234,7 @@ def _scores(codes, high, low, sums, unit, scales, offset, PARTS: tl.constexpr, B
     return (dots.to(tl.float32) - 0.5 * sums[None, :].to(tl.float32)) * unit[None, :] * scales[:, None] + offset
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "per", "rows", "plane"])
 def _begin(
     q_at, q8, sums_at, numbers, blocks, first, count, start_at, reach_at,
     best_at, token_at, bar_at, hits_at, n_hits_at, offsets_at, out_at, most_at, mass_at,
@@ -316,7 +316,7 @@ def _begin(
     tl.store(out_at + (part * rows + r[:, None]) * V_DIM + dv[None, :], out, mask=real[:, None] & (dv[None, :] < V_DIM))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "per", "rows", "plane", "splits"])
 def _finish(
     q8, sums_at, numbers, blocks, start_at, reach_at, bar_at, hits_at, n_hits_at, offsets_at, out_at, most_at, mass_at,
     lse_at, top_at, n_kept_at, n, per, scale, softcap, margin, rows, plane, splits,
@@ -389,7 +389,7 @@ def _finish(
     tl.store(out_at + (part * rows + r[:, None]) * V_DIM + dv[None, :], out / safe[:, None], mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride", "per", "cap", "splits"])
 def _pack(hits_at, n_kept_at, lists, stride, per, cap, splits, SPLITS: tl.constexpr, TILE: tl.constexpr):
     head, split, s, i = tl.program_id(0), tl.program_id(1), tl.arange(0, SPLITS), tl.arange(0, TILE)
     before = tl.load(n_kept_at + head * splits + s, mask=s < split, other=0)
