@@ -7,9 +7,10 @@
  * dims together (8 bits), 64 tokens x 8 dims (4 bits, the first four dims in the low halves); they stand for c - 127.5 and c - 7.5.
  * tokens is a multiple of 64, dims of 8.
  *
- * Pieces of a head's blocks are scanned by threads: the last piece first, the others against the best score in it. That is the
- * first call; it names the key with the best score, so that the caller can look what its score is exactly. The second call drops
- * what the best of all pieces, or of what the caller knows, rules out.
+ * Pieces of a head's blocks are scanned by threads. First comes, for each query, the few blocks whose mean keys score best: what
+ * is found there is a bar for all others, which most keys then fail at once. Then the last piece, and the others against the best
+ * score in it. That is the first call; it names the key with the best score, so that the caller can look what its score is
+ * exactly. The second call drops what the best of all pieces, or of what the caller knows, rules out.
  *
  * Like attend.c this file includes itself once per instruction set.
  */
@@ -28,6 +29,7 @@
 enum { HEAD = 8, RATIO = 0, SLACK, NORM, LOW, STEP, K_UNIT, V_UNIT };
 enum { LANES = 64, GROUP = 4, MAX_ROWS = 128 }; /* tokens coded together; rows at a time */
 enum { PIECE_TOKENS = 1 << 13 }; /* tokens a thread scans at a time */
+enum { SCOUTED = 512, MOST_SCOUTS = 32 }; /* one of so many blocks is looked into first; at most so many for a query */
 
 typedef struct {
     int32_t token;       /* number of the block x tokens of a block + offset in it */
@@ -55,8 +57,12 @@ typedef struct scan {
     hit *hits;                      /* [heads][n * tokens] */
     float *scores;                  /* [heads][n * tokens][rows]: of the hits, unscaled */
     int64_t *n_hits;                /* [heads][pieces] */
+    float *bar;                     /* [heads][rows]: a score there certainly is, unscaled */
     float *piece_top;               /* [heads][pieces][rows] */
     float *piece_mass;              /* [heads][pieces][rows][v_dim + 2]: sum of weighted values, largest score, weight */
+    float *offset;                  /* [heads][n][rows]: the score of a block's mean key, unscaled */
+    void (*means)(const struct scan *, int64_t, int64_t);
+    void (*scout)(const struct scan *, int64_t);
     void (*piece)(const struct scan *, int64_t, int64_t);
     void (*add)(const struct scan *, const float *, const float *, float *);
 } scan;
@@ -118,6 +124,20 @@ static const uint8_t *levels_of(const scan *f, const float *block)
 #define VL 4
 #include "scan.c"
 #undef VL
+
+static void means_of_piece(void *data, int64_t item, int64_t worker)
+{
+    const scan *f = data;
+    (void)worker;
+    f->means(f, item / f->pieces, item % f->pieces);
+}
+
+static void scout_head(void *data, int64_t head, int64_t worker)
+{
+    const scan *f = data;
+    (void)worker;
+    f->scout(f, head);
+}
 
 static void last_piece(void *data, int64_t head, int64_t worker)
 {
@@ -307,6 +327,8 @@ static int64_t lay_out(scan *f, char *room)
     TAKE(q_norm, float, hr);
     TAKE(q_error, float, hr);
     TAKE(n_hits, int64_t, pieces);
+    TAKE(bar, float, hr);
+    TAKE(offset, float, f->heads * f->n * f->rows);
     TAKE(piece_top, float, pieces * f->rows);
     TAKE(piece_mass, float, pieces * f->rows * (f->v_dim + 2));
     TAKE(found, int32_t, all);
@@ -334,11 +356,11 @@ int64_t alaya_scan(int64_t threads, int64_t finish, const float *q, const int64_
                .n = n, .dims = dims, .v_dim = v_dim, .tokens = tokens, .bits = bits, .codes_at = codes_at,
                .budget = budget, .scale = scale, .softcap = softcap, .reach = reach, .sure = sure, .best = best,
                .n_found = n_found, .top = top, .mass = mass, .lse = lse, .parts = sure < 1 ? 1 : 2,
-               .piece = scan_piece_4, .add = add_4}, *f = &s;
+               .means = means_4, .scout = scout_4, .piece = scan_piece_4, .add = add_4}, *f = &s;
 #ifdef X86
     int widest = alaya_widest();
-    if (widest == 16 && __builtin_cpu_supports("avx512vnni")) f->piece = scan_piece_16, f->add = add_16;
-    else if (widest >= 8) f->piece = scan_piece_8, f->add = add_8;
+    if (widest == 16 && __builtin_cpu_supports("avx512vnni")) f->means = means_16, f->scout = scout_16, f->piece = scan_piece_16, f->add = add_16;
+    else if (widest >= 8) f->means = means_8, f->scout = scout_8, f->piece = scan_piece_8, f->add = add_8;
 #endif
     lay_out(f, room);
     if (threads > ALAYA_MAX_THREADS) threads = ALAYA_MAX_THREADS;
@@ -347,6 +369,8 @@ int64_t alaya_scan(int64_t threads, int64_t finish, const float *q, const int64_
         alaya_run(threads, finish_head, &s, heads, 1);
     } else {
         round_queries(f);
+        alaya_run(threads, means_of_piece, &s, heads * f->pieces, 1);
+        alaya_run(threads, scout_head, &s, heads, 1);
         alaya_run(threads, last_piece, &s, heads, 1);
         alaya_run(threads, other_piece, &s, heads * (f->pieces - 1), 1);
         alaya_run(1, best_of_head, &s, heads, 1);
@@ -556,14 +580,93 @@ static void NAME(add)(const scan *f, const float *block, const float *weight, fl
     }
 }
 
+/* Scores of the mean keys of a piece's blocks. */
+static void NAME(means)(const scan *f, int64_t head, int64_t piece)
+{
+    const int64_t rows = f->rows, at = head * rows;
+    int64_t last = (piece + 1) * f->per_piece;
+    if (last > f->n) last = f->n;
+    for (int64_t b = piece * f->per_piece; b < last; b++) {
+        const float *block = block_of(f, head, b);
+        const int8_t *mean_k = mean_k_of(block);
+        float *offset = f->offset + (head * f->n + b) * rows;
+        for (int64_t r = 0; r < rows; r++) {
+            vf sum = {0};
+            const float *q = f->q + (at + r) * f->dims;
+            int64_t d = 0;
+            for (; d + VL <= f->dims; d += VL) sum += loadf(q + d) * NAME(load8)(mean_k + d);
+            offset[r] = NAME(total)(sum);
+            for (; d < f->dims; d++) offset[r] += q[d] * (float)mean_k[d];
+            offset[r] *= block[K_UNIT];
+        }
+    }
+}
+
+/* Of the present block: an error is at most wide x scale + slack. */
+INLINE void NAME(errors_of)(const scan *f, int64_t head, const float *block, float *wide, float *slack)
+{
+    for (int64_t r = 0, hr = head * f->rows; r < f->rows; r++, hr++) {
+        const float norm = f->sure * f->q_norm[hr];
+        wide[r] = norm * block[RATIO] + f->q_error[hr] * block[NORM];
+        slack[r] = norm * block[SLACK];
+    }
+}
+
+/* Scales of LANES tokens of a block from t on, and their scores but for the block's offset, each row's in units of its own. */
+INLINE void NAME(products)(const scan *f, int64_t head, const float *block, int64_t t, float *scales, float (*x)[LANES])
+{
+    const int64_t rows = f->rows, at = head * rows;
+    const uint8_t *c = (const uint8_t *)block + f->codes_at + t / LANES * (f->dims * f->bits / 8 * LANES);
+    const int8_t *q8 = f->q8 + at * 2 * f->dims;
+    int64_t r = 0;
+    NAME(unpack)(levels_of(f, block) + t / 2, block[LOW], block[STEP], scales);
+    for (; r + GROUP <= rows; r += GROUP) NAME(dots_of)(f, c, q8 + r * 2 * f->dims, f->q_sum + at + r, GROUP, x + r);
+    for (; r < rows; r++) NAME(dots_of)(f, c, q8 + r * 2 * f->dims, f->q_sum + at + r, 1, x + r);
+}
+
+/* Raise a row's bar to the best score there certainly is in a block. */
+INLINE void NAME(look_into)(const scan *f, int64_t head, int64_t r, int64_t b)
+{
+    const int64_t hr = head * f->rows + r, code_bytes = f->dims * f->bits / 8 * LANES;
+    const float *block = block_of(f, head, b), offset = f->offset[(head * f->n + b) * f->rows + r];
+    const float norm = f->sure * f->q_norm[hr], wide = norm * block[RATIO] + f->q_error[hr] * block[NORM];
+    const uint8_t *codes = (const uint8_t *)block + f->codes_at;
+    const int32_t from = f->first[b], to = from + f->count[b];
+    for (int32_t t = from / LANES * LANES; t < to; t += LANES) {
+        float x[1][LANES], scales[LANES];
+        NAME(unpack)(levels_of(f, block) + t / 2, block[LOW], block[STEP], scales);
+        NAME(dots_of)(f, codes + t / LANES * code_bytes, f->q8 + hr * 2 * f->dims, f->q_sum + hr, 1, x);
+        for (int i = from > t ? from - t : 0; i < LANES && t + i < to; i++) {
+            float sure = x[0][i] * f->q_unit[hr] * scales[i] + offset - (wide * scales[i] + norm * block[SLACK]);
+            if (sure > f->bar[hr]) f->bar[hr] = sure;
+        }
+    }
+}
+
+/* The best score there certainly is, of each row, in the blocks whose mean keys score best. */
+static void NAME(scout)(const scan *f, int64_t head)
+{
+    const int64_t rows = f->rows, at = head * rows, most = 1 + f->n / SCOUTED < MOST_SCOUTS ? 1 + f->n / SCOUTED : MOST_SCOUTS;
+    for (int64_t r = 0; r < rows; r++) {
+        const float *offset = f->offset + head * f->n * rows + r;
+        int64_t best[MOST_SCOUTS], n = 0;
+        f->bar[at + r] = -INFINITY;
+        for (int64_t b = 0; b < f->n; b++) {
+            if (f->count[b] <= 0 || (n == most && !(offset[b * rows] > offset[best[n - 1] * rows]))) continue;
+            int64_t place = n < most ? n++ : n - 1;
+            for (; place > 0 && offset[b * rows] > offset[best[place - 1] * rows]; place--) best[place] = best[place - 1];
+            best[place] = b;
+        }
+        for (int64_t i = 0; i < n; i++) NAME(look_into)(f, head, r, best[i]);
+    }
+}
+
 static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
 {
-    const int64_t rows = f->rows, at = head * rows, width = f->v_dim + 2, code_bytes = f->dims * f->bits / 8 * LANES;
-    const int8_t *q8 = f->q8 + at * 2 * f->dims;
-    const int32_t *q_sum = f->q_sum + at;
+    const int64_t rows = f->rows, at = head * rows, width = f->v_dim + 2;
     int64_t last = (piece + 1) * f->per_piece, hits = 0;
     int64_t base = (head * f->n + piece * f->per_piece) * f->tokens;
-    float *sums = f->piece_mass + (head * f->pieces + piece) * rows * width, offset[MAX_ROWS];
+    float *sums = f->piece_mass + (head * f->pieces + piece) * rows * width;
     NAME(bars) k;
     if (last > f->n) last = f->n;
     for (int64_t r = 0; r < rows; r++) {
@@ -572,38 +675,24 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
         memset(sums + r * width, 0, sizeof(float) * (size_t)width);
         k.most[r] = k.loud[r] = k.faint[r] = -INFINITY;
         k.sure[r] = seed == -INFINITY ? seed : uncap(seed, f->scale, f->softcap);
-        k.limit[r] = seed == -INFINITY ? seed : uncap(seed - f->reach[head], f->scale, f->softcap);
+        if (f->bar[at + r] > k.sure[r]) k.sure[r] = f->bar[at + r];
+        k.limit[r] = k.sure[r] == -INFINITY
+            ? k.sure[r] : uncap(cap(k.sure[r] * f->scale, f->softcap) - f->reach[head], f->scale, f->softcap);
     }
     for (int64_t b = piece * f->per_piece; b < last; b++) {
-        const float *block = block_of(f, head, b);
-        const int8_t *mean_k = mean_k_of(block);
-        const uint8_t *levels = levels_of(f, block), *codes = (const uint8_t *)block + f->codes_at;
+        const float *block = block_of(f, head, b), *offset = f->offset + (head * f->n + b) * rows;
         const int32_t from = f->first[b], to = from + f->count[b];
-        for (int64_t r = 0; r < rows; r++) {
-            vf sum = {0};
-            const float *q = f->q + (at + r) * f->dims, norm = f->sure * f->q_norm[at + r];
-            int64_t d = 0;
-            for (; d + VL <= f->dims; d += VL) sum += loadf(q + d) * NAME(load8)(mean_k + d);
-            offset[r] = NAME(total)(sum);
-            for (; d < f->dims; d++) offset[r] += q[d] * (float)mean_k[d];
-            offset[r] *= block[K_UNIT];
-            k.weight[r] = (vf){0};
-            k.wide[r] = norm * block[RATIO] + f->q_error[at + r] * block[NORM];
-            k.slack[r] = norm * block[SLACK];
-        }
+        NAME(errors_of)(f, head, block, k.wide, k.slack);
+        for (int64_t r = 0; r < rows; r++) k.weight[r] = (vf){0};
         for (int32_t t = from / LANES * LANES; t < to; t += LANES) {
             float x[MAX_ROWS][LANES], scales[LANES];
             int32_t near[LANES];
-            NAME(unpack)(levels + t / 2, block[LOW], block[STEP], scales);
-            const uint8_t *c = codes + t / LANES * code_bytes;
-            int64_t r = 0;
-            for (; r + GROUP <= rows; r += GROUP) NAME(dots_of)(f, c, q8 + r * 2 * f->dims, q_sum + r, GROUP, x + r);
-            for (; r < rows; r++) NAME(dots_of)(f, c, q8 + r * 2 * f->dims, q_sum + r, 1, x + r);
+            NAME(products)(f, head, block, t, scales, x);
             vi seen = {0};
             for (int i = 0; i < LANES; i += VL) {
                 const vf scale = loadf(scales + i);
                 vi here = {0};
-                for (r = 0; r < rows; r++) {
+                for (int64_t r = 0; r < rows; r++) {
                     vf score = loadf(x[r] + i) * f->q_unit[at + r] * scale + offset[r];
                     storef(x[r] + i, score);
                     here |= score + (k.wide[r] * scale + k.slack[r]) >= k.limit[r];
@@ -612,11 +701,11 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
                 seen |= here;
             }
             if (t < from || t + LANES > to)
-                for (r = 0; r < rows; r++)
+                for (int64_t r = 0; r < rows; r++)
                     for (int i = 0; i < LANES; i++)
                         if (t + i < from || t + i >= to) x[r][i] = -INFINITY;
             if (any(seen)) hits = NAME(keep)(f, &k, head, b, t, near, scales, x, base, hits);
-            for (r = 0; r < rows; r++) {
+            for (int64_t r = 0; r < rows; r++) {
                 vf top = NAME(highest)(x[r]), weight = {0};
                 if (!any(top > k.faint[r])) continue;
                 if (any(top > k.loud[r])) NAME(raise)(f, &k, r, NAME(largest)(top), sums + r * width);
