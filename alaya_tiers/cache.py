@@ -32,6 +32,7 @@ from alaya_tiers.errors import ContextTooLong, InputError
 from alaya_tiers.explain import Explanation, explain
 from alaya_tiers.layer import AtHand, Layer, Row
 from alaya_tiers.ledger import Ids
+from alaya_tiers.listed import Asked, nothing_more
 from alaya_tiers.near import Near, rows_of
 from alaya_tiers.needs import Needs
 from alaya_tiers.observe import observe
@@ -185,7 +186,7 @@ class Session:
         q = q.cpu()  # scan and lists are the CPU's work; blocks of the device are attended there
         for start in range(0, n, most):
             end = min(n, start + most)
-            asked = sparse.Asked(state, row, self._grouped(state, q[:, start:end]), scale, softcap, latent)
+            asked = Asked(state, row, self._grouped(state, q[:, start:end]), scale, softcap, latent)
             part = sparse.attend(
                 asked, history, visible.part(start, end), partial(self._blocks, state, row), use, partitions
             )
@@ -393,7 +394,7 @@ class Session:
         runs, place = np.unique(spans.run, return_inverse=True)  # two ranges can meet in a block
         ids = state.ids(row.first[runs])
         ids = ids if heads is None else ids[heads]
-        upcoming = partial(self._upcoming, state.number) if self.engine.sparse is None else sparse.nothing_more
+        upcoming = partial(self._upcoming, state.number) if self.engine.sparse is None else nothing_more
         book = self.engine.mover.ledger
         for columns, batch in self.engine.reading(ids, upcoming):
             on_cpu, moves = self.engine.on_cpu(batch), book.moves

@@ -45,6 +45,31 @@ class Near:
             return mover.lanes.gather(self.slots, blocks, lo, hi)
 
 
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Single tokens in pinned blocks of the device tier. slots: those blocks lie in; addresses, first: as for
+    attention.attend_lists.
+    """
+
+    slots: Slots
+    addresses: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int64]
+
+    def attend(self, engine: Engine, q: Tensor, g: Geometry, scale: float, softcap: float | None) -> Partial:
+        """attention.attend_lists, on the device: the result too. q: anywhere."""
+        lanes, dims = engine.mover.lanes, (g.k_dim, g.v_dim)
+        with engine.mover.lock:
+            above = q.to(lanes.device.place)
+            return lanes.attend_lists(above, self.slots, self.addresses, self.first, dims, g.dtype, scale, softcap)
+
+
+def on_cpu(*parts: Tensor) -> list[Tensor]:
+    """Results of the device, of one dtype, in memory of the CPU: one copy, so one wait for all."""
+    whole = torch.cat([part.reshape(-1) for part in parts]).cpu()
+    pieces = torch.split(whole, [part.numel() for part in parts])
+    return [piece.view(part.shape) for piece, part in zip(pieces, parts, strict=True)]
+
+
 def attend_anywhere(
     q: Tensor,
     blocks: BlockList | Near,
@@ -62,11 +87,9 @@ def attend_anywhere(
     place = blocks.engine.mover.lanes.device.place
     best = torch.empty(top.shape, device=place)
     found = blocks.attend(q.to(place), scale, lo, hi, softcap, best, latent=latent)
-    sizes = [found.out.numel(), found.lse.numel(), best.numel()]
-    whole = torch.cat([x.reshape(-1) for x in (*found, best)]).cpu()  # one wait for all
-    out, lse, highest = torch.split(whole, sizes)
-    top.copy_(highest.view(top.shape))
-    return Partial(out.view(found.out.shape), lse.view(found.lse.shape))
+    out, lse, highest = on_cpu(*found, best)
+    top.copy_(highest)
+    return Partial(out, lse)
 
 
 def copied_rows(engine: Engine, blocks: Ids, where: npt.NDArray[np.int64], g: Geometry) -> Tensor:

@@ -21,17 +21,15 @@ import torch
 from torch import Tensor
 
 from alaya_tiers import kernel
-from alaya_tiers.attention import BlockList, Partial, attend_lists, capped, merge, nothing, parts_of_row
-from alaya_tiers.blocks import PAGE, Geometry
+from alaya_tiers.attention import BlockList, Partial, merge, nothing
 from alaya_tiers.config import Settings
-from alaya_tiers.engine import Engine
 from alaya_tiers.index.codes import MOST_DIMS, MOST_ROWS, Layout, Reach, boundable, scan
 from alaya_tiers.index.plan import History, Rates, Step
 from alaya_tiers.layer import Layer, Row
-from alaya_tiers.ledger import Ids
-from alaya_tiers.near import Near, attend_anywhere, copied_rows
+from alaya_tiers.listed import Asked, certain, lists, nothing_more
+from alaya_tiers.near import Near, attend_anywhere
 from alaya_tiers.partitions import Partitions
-from alaya_tiers.picks import Picks, missed_share, pageable
+from alaya_tiers.picks import missed_share
 from alaya_tiers.recorder import Looks
 from alaya_tiers.stats import SparseUse
 from alaya_tiers.tiers.mirror import Mirrored
@@ -58,24 +56,6 @@ SPARE = 0.05
 
 Exact = Callable[[Spans, Heads], Iterator[BlockList | Near]]
 """Blocks of some kv heads of a row, batch by batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Queries of one row. q: [kv_heads, rows, k_dim]; latent: [.., k_dim + v_dim], see BlockList."""
-
-    state: Layer
-    row: Row
-    q: Tensor
-    scale: float
-    softcap: float | None
-    latent: bool
-
-    @property
-    def v_dim(self) -> int:
-        """Numbers of what is summed."""
-        g = self.state.shape.geometry
-        return parts_of_row(g.k_dim, g.v_dim, latent=self.latent)[1]
 
 
 @dataclass(slots=True)
@@ -166,12 +146,12 @@ def attend(
         found = scan(
             q[here], codes[here], middle.first, middle.count, layout, reach, asked.scale, asked.softcap, seed[some],
             partitions.scratch, distances=far, elsewhere=None if mirrored is None else mirrored.of(here),
-            verify=lambda best: _certain(asked, here, middle, best, layout.rows, looks),
+            verify=lambda best: certain(asked, here, middle, best, layout.rows, looks),
         )  # fmt: skip
         dear = step.dear(np.array([tokens.size for tokens in found.tokens], np.float64), rates)
         tokens = [NONE if everything else some for some, everything in zip(found.tokens, dear, strict=True)]
         looks.attended(tokens)
-        near = merge([near, *_lists(asked, here, middle, tokens, layout.rows)])
+        near = merge([near, *lists(asked, here, middle, tokens, layout.rows)])
         use.scanned_bytes += here.size * int(coded.sum()) * layout.nbytes
         return Looked(
             found.tokens, dear, near, merge((near, Partial(found.rest.to(q.device), found.rest_lse.to(q.device))))
@@ -226,28 +206,6 @@ def _look(
     return looked
 
 
-def _certain(asked: Asked, heads: Heads, spans: Spans, best: npt.NDArray[np.int32], rows: int, looks: Looks) -> Tensor:
-    """What the best keys of a scan score exactly. See index.codes.Verify."""
-    g = asked.state.shape.geometry
-    wanted = best >= 0
-    tokens = [np.unique(mine[known]) for mine, known in zip(best, wanted, strict=True)]
-    looks.compared(heads, tokens)
-    held = torch.zeros(sum(map(len, tokens)), g.width, dtype=g.dtype)
-    if not held.numel():
-        return torch.full(best.shape, -torch.inf)
-    to = held.data_ptr() + np.arange(len(held)) * g.row_bytes
-    for some, where in _located(asked, heads, spans, tokens, rows):
-        place = np.arange(len(held)) if some is None else np.flatnonzero(some)
-        kernel.copy(where[place], to[place], np.full(place.size, g.row_bytes), None)
-    keys = held[:, : asked.q.shape[2]].double()
-    first = np.cumsum([0, *map(len, tokens)])
-    at = np.stack([first[i] + np.searchsorted(tokens[i], mine) for i, mine in enumerate(best)]).clip(0, len(keys) - 1)
-    scores = (asked.q[heads].cpu().double() * keys[torch.from_numpy(at)]).sum(2) * asked.scale
-    scores = capped(scores, asked.softcap)
-    scores -= 1e-6 * scores.abs()  # as a float it is smaller still than what the key scores
-    return torch.where(torch.from_numpy(wanted), scores, -torch.inf).float()
-
-
 def _together(some: Heads, of_some: Partial, rest: Heads, of_rest: Partial) -> Partial:
     """Results of different kv heads as one."""
     order = torch.from_numpy(np.argsort(np.concatenate([some, rest])))
@@ -298,97 +256,6 @@ def build(states: list[Layer], say: Callable[[int, int], None]) -> None:
             partitions.make_all(here)
         done += ids.shape[1]
         say(done, every)
-
-
-def _lists(
-    asked: Asked, heads: Heads, spans: Spans, found: list[npt.NDArray[np.int32]], rows: int
-) -> Iterator[Partial]:
-    """Exact attention over single tokens of some kv heads, batch by batch as their blocks arrive. See _located."""
-    g, first = asked.state.shape.geometry, np.cumsum([0, *(tokens.size for tokens in found)])
-    for some, where in _located(asked, heads, spans, found, rows, note=True):
-        bounds = first if some is None else np.append(0, np.cumsum(some))[first]
-        yield attend_lists(
-            asked.q[heads], where if some is None else where[some], bounds, g.k_dim, g.v_dim, g.dtype, asked.scale,
-            asked.softcap, latent=asked.latent,
-        )  # fmt: skip
-
-
-def _located(
-    asked: Asked, heads: Heads, spans: Spans, found: list[npt.NDArray[np.int32]], rows: int, *, note: bool = False
-) -> Iterator[tuple[npt.NDArray[np.bool_] | None, npt.NDArray[np.int64]]]:
-    """Where single tokens of some kv heads lie, batch by batch as their blocks or pages arrive, readable meanwhile.
-
-    found: for each of ``heads``, place of the block in ``spans`` x ``rows`` + offset, ascending. Yields which of all of
-    them in a row are meant, None: all; and all their addresses. note: these are what the next step may want too.
-    """
-    state, row, engine, g = asked.state, asked.row, asked.state.engine, asked.state.shape.geometry
-    counts = np.array([tokens.size for tokens in found])
-    if not counts.any():
-        return
-    tokens = np.concatenate(found)
-    runs, place = np.unique(spans.run, return_inverse=True)
-    offsets = tokens % rows * g.row_bytes
-    cell = place[tokens // rows] + np.repeat(np.arange(heads.size) * runs.size, counts)  # of a table [heads, runs]
-    wanted = np.zeros(heads.size * runs.size, bool)
-    wanted[cell] = True
-    cells, blocks = np.flatnonzero(wanted), state.ids(row.first[runs])[heads].ravel()[wanted]
-    per, block_of = engine.mover.host.slot_bytes // PAGE, (np.cumsum(wanted) - 1)[cell]
-    names = blocks[block_of] * per + offsets // PAGE
-    singly = pageable(state, blocks)
-    by_page = singly[block_of]
-    if note and (pages := engine.pages) is not None and pages.sources():  # nobody else wants to know
-        row.picked = np.unique(names)
-    few, column = np.unique(names[by_page], return_inverse=True)
-    picks = Picks.start(engine, few)
-    if picks is None:
-        singly[:] = by_page[:] = False
-    try:
-        whole = np.flatnonzero(~singly)
-        base = np.empty(wanted.size, np.int64)
-        for columns, batch in engine.reading(blocks[None, whole], nothing_more) if whole.size else ():
-            base[:] = -1
-            base[cells[whole[columns]]] = engine.addresses(batch)[0]
-            start = base[cell]
-            where = start + offsets
-            rows_here = _brought(engine, batch[0], cells[whole[columns]], cell, where, g)  # kept until the next batch
-            yield None if columns.size == blocks.size else start >= 0, where
-            del rows_here
-        if picks is not None:
-            engine.note_rows(int(by_page.sum()) * g.row_bytes)
-            page_at, where = np.empty(few.size, np.int64), np.empty(tokens.size, np.int64)
-            for columns, addresses in picks:
-                page_at[:] = -1
-                page_at[columns] = addresses
-                where[:] = -1
-                where[by_page] = page_at[column]
-                here = where >= 0
-                yield None if here.all() else here, where + offsets % PAGE
-    finally:
-        if picks is not None:
-            picks.close()
-
-
-def _brought(
-    engine: Engine,
-    blocks: Ids,
-    cells: npt.NDArray[np.intp],
-    cell: npt.NDArray[np.intp],
-    where: npt.NDArray[np.int64],
-    g: Geometry,
-) -> Tensor | None:
-    """Tokens of blocks in a device's memory, copied to the CPU; ``where`` says so then. cells: of ``blocks``."""
-    near = ~engine.on_cpu(blocks)
-    if not near.any():
-        return None
-    some = np.isin(cell, cells[near])
-    rows = copied_rows(engine, blocks[near], where[some], g)
-    where[some] = rows.data_ptr() + np.arange(len(rows)) * g.row_bytes
-    return rows
-
-
-def nothing_more() -> Iterator[Ids]:
-    """What to read ahead in sparse mode: the order in which exact attention reads says nothing of what is next."""
-    return iter(())
 
 
 def _note(use: SparseUse, share: Tensor, window: int, found: npt.NDArray[np.int_], visible: int) -> None:

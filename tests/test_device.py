@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 from alaya_tiers import AlayaCache, engine
-from alaya_tiers.attention import attend_naive
+from alaya_tiers.attention import Partial, attend_naive
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.config import Settings
 from alaya_tiers.devices.base import COMPUTE, DOWN, UP, Ask, Scanning
@@ -78,13 +78,17 @@ def test_attention_over_three_tiers(seed: int, chunk: int, device_runs: int, tok
 
 
 class Scanner(Simulated):
-    """Counts the blocks whose codes it was asked to scan, once for all heads."""
+    """Counts the blocks whose codes it was asked to scan, once for all heads, and lists of tokens it attended."""
 
-    blocks = 0
+    blocks = lists = 0
 
     def scan(self, ask: Ask) -> Scanning | None:
         self.blocks += ask.blocks.shape[1]
         return super().scan(ask)
+
+    def attend_lists(self, *args: Any) -> Partial:
+        self.lists += 1
+        return super().attend_lists(*args)
 
 
 class Deaf(Simulated):
@@ -141,6 +145,7 @@ def test_sparse_attention_over_three_tiers(seed: int, device_runs: int, codes: i
         assert use is not None
         assert use.steps > use.exact
         assert (device.blocks == 0) == (codes == 0)
+        assert device.lists > 0 or device_runs < 40, "tokens are attended where they lie"
         assert (device.blocks == 3 * 21) == (codes == 1 << 20), "beside the window"
     finally:
         eng.close()

@@ -165,7 +165,7 @@ class Attending:
         *,
         note: bool = False,
     ) -> None:
-        """What ``sparse._located`` does with the keys of those heads that are ``among`` others: single pages of cold
+        """What ``listed.located`` does with the keys of those heads that are ``among`` others: single pages of cold
         blocks where that can be, whole blocks where not."""
         geometry, cells, rows = shape.geometry, [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for head, some in zip(heads, positions, strict=False):  # no positions: what was compared is not known
