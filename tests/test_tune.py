@@ -5,7 +5,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -23,6 +23,8 @@ from alaya_tiers.tools.validate import EXACT, Case
 from tests.test_cli import call
 from tests.test_profile import KNOWN, written
 from tests.test_traces import TRACES, chat
+
+S = TypeVar("S", bound=OfRun | OfRequests)
 
 SPACE: Space = {
     "memory": (1, 2, 4, 8, 16, 32, 64),
@@ -82,6 +84,21 @@ def test_the_front_holds_what_nothing_beats() -> None:
     assert [t.point["n"] for t in search.front(trials)] == [0, 1, 4]
 
 
+def remembering(subject: S) -> S:
+    """The same, which simulates no point twice."""
+    known: dict[tuple[Any, ...], Outcome] = {}
+    evaluate = subject.evaluate
+
+    def once(point: Point) -> Outcome:
+        key = tuple(sorted(point.items()))
+        if key not in known:
+            known[key] = evaluate(point)
+        return known[key]
+
+    subject.evaluate = once  # type: ignore[method-assign]
+    return subject
+
+
 # ---------------------------------------------------------------------- recorded runs
 @pytest.fixture(scope="module")
 def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -103,7 +120,7 @@ class Small(OfRun):
 
 @pytest.mark.slow
 def test_on_a_recorded_run_it_comes_within_5_percent_too(trace: Path) -> None:
-    subject = Small([open_recording(trace)], KNOWN, Prices())
+    subject = remembering(Small([open_recording(trace)], KNOWN, Prices()))
     usual = subject.evaluate(subject.default())
     target = Target(price=usual.price * 1.01)
     everything = search.exhaustive(subject.space(), target, subject.evaluate)
@@ -147,7 +164,7 @@ def test_the_kv_of_a_run_is_counted_without_its_forks(trace: Path) -> None:
 STEPS = """
 [steps]
 context = 8192
-steps = 24
+steps = 12
 layers = 2
 found = { median = 40, sigma = 0.8 }
 drift = 0.2
@@ -173,7 +190,7 @@ def test_pages_and_guesses_are_searched_too(tmp_path: Path) -> None:
     settings = Settings(mode="sparse", index_budget=None, device_budget=4 << 20, host_budget=8 << 20)
     made = loadsteps.recording(load.read(tmp_path / "s.toml"), NAMED["llama-3.2-1b"], settings, 0)
     assert {"segment_tokens", "page_share", "guess", "prefetch_share"} <= set(OfRun([made], KNOWN, Prices()).space())
-    subject = Sparse([made], KNOWN, Prices())
+    subject = remembering(Sparse([made], KNOWN, Prices()))
     usual = subject.evaluate(subject.default())
     target = Target(price=usual.price * 1.01)
     everything = search.exhaustive(subject.space(), target, subject.evaluate)
@@ -185,15 +202,22 @@ def test_pages_and_guesses_are_searched_too(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------------- requests
+class Few(OfRequests):
+    """Few enough points to try them all."""
+
+    def space(self) -> Space:
+        return dict(super().space()) | {"slack": (0.01,), "dirty_limit": (0.25, 0.5)}
+
+
 def test_requests_are_tuned_for_their_first_tokens(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
     path.write_text("".join(chat(i * 3000, 2048, [i % 5 * 4 + j for j in range(4)]) + "\n" for i in range(80)))
     machine = Machine(device_memory=1 << 28, host_memory=1 << 29, ssd=1 << 33)
-    subject = OfRequests(open_trace([path]), NAMED["llama-3.1-8b"], machine, Prices(), None)
+    subject = remembering(Few(open_trace([path]), NAMED["llama-3.1-8b"], machine, Prices(), None))
     fastest = search.best(search.exhaustive(subject.space(), Target(), subject.evaluate)).outcome.seconds
     target = Target(seconds=1.05 * fastest)
     everything = search.exhaustive(subject.space(), target, subject.evaluate)
-    found = search.best(tune.tuned(subject, target, 60, seed=0))
+    found = search.best(tune.tuned(subject, target, 40, seed=0))
     assert found.score <= 1.05 * search.best(everything).score
     assert found.score < target.score(subject.evaluate(subject.default()))
     assert Settings.from_dict(subject.file(found.point)).eviction == found.point["eviction"]

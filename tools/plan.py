@@ -15,6 +15,7 @@ from alaya_tiers.tools import catalog, profile, toml
 from alaya_tiers.tools.baselines import parse_contexts
 from alaya_tiers.tools.costs import CODE_SHARE, DTYPES, Costs
 from alaya_tiers.tools.profile import Profile
+from alaya_tiers.tools.reporting import results
 from alaya_tiers.tools.shapes import NAMED, Shape, shape_of
 
 LEFT = 0.1
@@ -209,7 +210,7 @@ def command(
     if as_json:
         print(json.dumps(found.as_dict(), indent=2))
     else:
-        show(found, Console(), measured=profile_file is not None or what_if is not None, output=output)
+        show(found, results(), measured=profile_file is not None or what_if is not None, output=output)
     if not found.fits:
         raise typer.Exit(DOES_NOT_FIT)
 

@@ -31,6 +31,7 @@ from alaya_tiers.tools.baselines import VOCABULARY, Shape, build_model
 from alaya_tiers.tools.machine import Bytes, CpuUse
 from alaya_tiers.tools.profile import Profile, Transfer, identity, today
 from alaya_tiers.tools.rawdisk import DiskFile
+from alaya_tiers.tools.reporting import results
 
 HEADS, GROUP, BLOCK = 4, 4, 256
 BUSY = 0.1
@@ -283,7 +284,7 @@ def command(
     if as_json:
         print(json.dumps(asdict(found), indent=2))
         return
-    out = Console()
+    out = results()
     out.print(table(found))
     out.print(ssd_table(found))
     out.print(f"\nwritten to {output}", style="dim")

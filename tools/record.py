@@ -17,6 +17,7 @@ from alaya_tiers.hf import AlayaCache
 from alaya_tiers.stats import Stats
 from alaya_tiers.tools import demo
 from alaya_tiers.tools.demo import Options, Watcher
+from alaya_tiers.tools.reporting import results
 
 MODES = ("exact", "sparse")
 
@@ -125,7 +126,7 @@ def command(
     if as_json:
         print(json.dumps(done.as_dict(), indent=2))
         return
-    out = Console()
+    out = results()
     out.print(f"{output}: {format_bytes(done.trace_bytes)}, {done.tokens:,} tokens read, {done.answered} answered")
     out.print(
         f"a token: {done.seconds * 1e3:.1f} ms, {done.hit_rate:.1%} of the KV in memory or read ahead, "

@@ -19,6 +19,7 @@ from alaya_tiers.tools.phases import Phase
 from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Recording
 from alaya_tiers.tools.replay import Replay
+from alaya_tiers.tools.reporting import results
 
 SIZES = ("device_budget", "host_budget", "ssd_budget", "batch_bytes")
 NUMBERS = ("block_tokens", "segment_tokens", "recent_tokens", "sink_tokens", "io_threads")
@@ -108,7 +109,7 @@ def report(
         speed = {"wall_seconds": wall, "times_real_time": seconds / wall}
         print(json.dumps(facts | {"runs": [run.as_dict() for run in runs], "speed": speed}, indent=2))
         return
-    out = Console()
+    out = results()
     out.print(table(runs))
     words = f"{seconds:,.1f} s of time in {wall:,.1f} s: {seconds / wall:,.1f} times real time"
     out.print(f"\n{len(runs)} runs, {words}", style="dim")

@@ -21,6 +21,7 @@ from alaya_tiers.tools.limits import Future
 from alaya_tiers.tools.prices import RENTED, Prices, prices
 from alaya_tiers.tools.recorded import is_recording, open_recording
 from alaya_tiers.tools.repeat import repeated
+from alaya_tiers.tools.reporting import results
 from alaya_tiers.tools.shapes import NAMED, Shape, shape_of
 from alaya_tiers.tools.simulated import Run, hits, outcome, table, traffic
 from alaya_tiers.tools.simulator import Simulator
@@ -224,7 +225,7 @@ def tell(runs: list[Run], facts: dict[str, Any], wall: float, varied: str | None
     if as_json:
         print(json.dumps(facts | {"runs": [run.as_dict() for run in runs], "speed": speed}, indent=2))
         return
-    out = Console()
+    out = results()
     for cells in (outcome, hits, traffic):
         out.print(table(runs, varied, cells))
         out.print()

@@ -1,7 +1,5 @@
 """``alaya-tiers tune``: the cheapest settings that meet a target, or the fastest for a price, by simulation."""
 
-import importlib
-import importlib.util
 import json
 import re
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from alaya_tiers.tools.prices import Prices, prices
 from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Recording, is_recording, open_recording
 from alaya_tiers.tools.replay import Replay
+from alaya_tiers.tools.reporting import need_matplotlib, pyplot, results
 from alaya_tiers.tools.search import Outcome, Point, Space, Target, Trial
 from alaya_tiers.tools.shapes import NAMED, Shape, shape_of
 from alaya_tiers.tools.simulate import POLICIES
@@ -252,8 +251,7 @@ def command(
 
     Exits with 1 if nothing meets it.
     """
-    if plot is not None and importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'alaya-tiers[plots]'")
+    need_matplotlib(plot)
     known = None if profile_file is None else profile.load(profile_file, any_machine=any_machine)
     subject: OfRun | OfRequests
     if is_recording(traces[0]):
@@ -281,7 +279,7 @@ def command(
     if as_json:
         print(json.dumps(as_dict(subject, target, found), indent=2))
     else:
-        out = Console()
+        out = results()
         out.print(table(subject, found, winner, usual))
         tried = f"{len(found)} of {search.size(subject.space()):,} settings tried"
         out.print(f"\n{tried}{'' if output is None else f'; the best are in {output}'}", style="dim")
@@ -357,8 +355,7 @@ def draw(
     path: Path, subject: OfRun | OfRequests, trials: list[Trial], winner: Trial, usual: Trial, target: Target
 ) -> None:
     """Price against seconds of all trials. Needs matplotlib."""
-    pyplot: Any = importlib.import_module("matplotlib.pyplot")
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(7, 4.5), layout="constrained")
     working = [t for t in trials if t.outcome.missing is None]
     axes.scatter([t.outcome.price for t in working], [t.outcome.seconds for t in working], s=14, c="0.7", label="tried")
     best = search.front(trials, target.quality)
@@ -373,4 +370,4 @@ def draw(
     axes.set(xlabel="price", ylabel=f"{subject.unit}, s", yscale="log", xscale="log")
     axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    pyplot().close(figure)

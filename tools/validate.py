@@ -30,6 +30,7 @@ from alaya_tiers.tools.phases import Phase
 from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Recording, open_recording
 from alaya_tiers.tools.replay import replayed
+from alaya_tiers.tools.reporting import results
 
 FLOOR = 0.25
 WARM = 4
@@ -296,7 +297,7 @@ def command(
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
         return
-    out = Console()
+    out = results()
     out.print(table(report))
     out.print(summary(report))
     if report.cpu_of_others > BUSY:
