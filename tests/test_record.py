@@ -205,7 +205,7 @@ def changed(line: int, old: str, new: str) -> Callable[[list[str]], list[str]]:
         pytest.param(changed(1, '_trace": 1', '_trace": 7'), 1, "version 7", id="newer"),
         pytest.param(changed(1, '"settings": {}', '"settings": {"colour": 1}'), 1, "colour", id="settings"),
         pytest.param(lambda t: t[:1], 1, "no attention", id="nothing happened"),
-        pytest.param(lambda t: [*t[:3], "{"], 4, "Expecting", id="no JSON"),
+        pytest.param(lambda t: [*t[:3], "{"], 4, "no JSON: Expecting", id="no JSON"),
         pytest.param(lambda t: [*t[:3], "[]"], 4, "JSON object", id="no object"),
         pytest.param(lambda t: [*t[:3], '{"gets": 1}'], 4, "unknown event 'gets'", id="unknown"),
         pytest.param(lambda t: [t[0], *t[2:]], 2, "shape of layer 0", id="no shape"),

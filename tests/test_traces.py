@@ -75,7 +75,7 @@ def test_sessions_of_agents_overlap_and_keep_their_ids_apart(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("third", "problem"),
     [
-        ('{"timestamp": 1', "Expecting"),
+        ('{"timestamp": 1', "no JSON: Expecting"),
         ("[]", "JSON object"),
         ('{"timestamp": 1}', "input_length, output_length, hash_ids is missing"),
         (chat(1999, 600, [0]), "0.001 s before"),

@@ -198,7 +198,8 @@ def test_pages_and_guesses_are_searched_too(tmp_path: Path) -> None:
     assert found.score <= 1.05 * search.best(everything).score
     assert found.outcome.seconds <= usual.seconds
     written = Settings.from_dict(subject.file(found.point))
-    assert (written.page_share, written.guess) == (found.point["page_share"], found.point["guess"])
+    guess = found.point["guess"] if found.point["page_share"] else "none"
+    assert (written.page_share, written.guess) == (found.point["page_share"], guess)
 
 
 # ---------------------------------------------------------------------- requests
@@ -245,6 +246,8 @@ def test_both_families_of_traces_gain(tmp_path: Path) -> None:
         (("--prices", "tape=1"), "nothing called 'tape'"),
         (("--prices", "host=-1"), "at least 0"),
         (("--quality", "3"), "a share from 0 to 1"),
+        (("--plot", "nowhere/front.png"), "nowhere is not a directory"),
+        (("-o", "nowhere/settings.toml"), "nowhere is not a directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

@@ -19,7 +19,7 @@ from alaya_tiers.tools.phases import Part
 from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Read, Recording, open_recording
 from alaya_tiers.tools.replay import Replay
-from alaya_tiers.tools.reporting import need_matplotlib
+from alaya_tiers.tools.reporting import need_matplotlib, out_file
 
 BINS = 256
 """Pieces the context is cut into."""
@@ -240,7 +240,7 @@ EPILOG = "Example: [bold]alaya-tiers inspect trace.jsonl -o pictures.html[/bold]
 
 def command(
     trace: Annotated[Path, typer.Argument(help="A recorded trace.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .png or .html file.")] = Path("inspect.html"),
+    output: Annotated[Path, out_file("A .png or .html file.")] = Path("inspect.html"),
     step: Annotated[int, typer.Option(min=0, help="The step whose timeline is drawn.")] = 0,
     only: Annotated[str | None, typer.Option(help=f"Of {', '.join(PICTURES)}, with commas.")] = None,
     profile_file: Annotated[Path | None, typer.Option("--profile", help="Of the machine, for the residency.")] = None,

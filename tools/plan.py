@@ -15,7 +15,7 @@ from alaya_tiers.tools import catalog, profile, toml
 from alaya_tiers.tools.baselines import parse_contexts
 from alaya_tiers.tools.costs import CODE_SHARE, DTYPES, Costs
 from alaya_tiers.tools.profile import Profile
-from alaya_tiers.tools.reporting import results
+from alaya_tiers.tools.reporting import out_file, results, told
 from alaya_tiers.tools.shapes import NAMED, Shape, shape_of
 
 LEFT = 0.1
@@ -77,7 +77,7 @@ class Plan:
     def toml(self) -> str:
         """The settings, as ``Settings.from_toml`` reads them."""
         note = f"{self.tokens:,} tokens of {self.model.name}, planned by alaya-tiers plan\n"
-        note += f"expected: {self.tpot * 1e3:.1f} ms a token, first token after {self.ttft:.1f} s"
+        note += f"expected: {self.tpot * 1e3:.1f} ms a token, first token after {told(self.ttft)}"
         return toml.text({"alaya_tiers": self.settings}, note)
 
     def as_dict(self) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def command(
     what_if: Annotated[
         str | None, typer.Option(help=f"Instead of a profile: {', '.join(catalog.PROFILES)}.", show_default=False)
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the settings as TOML.")] = None,
+    output: Annotated[Path | None, out_file("Write the settings as TOML.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The plan as JSON on stdout.")] = False,
 ) -> None:
     """Says whether a context fits, what goes where, and what TTFT and TPOT to expect. Loads no model.
@@ -246,8 +246,8 @@ def show(found: Plan, out: Console, *, measured: bool, output: Path | None) -> N
     for name, seconds in found.terms.items():
         terms.add_row(f"{seconds * 1e3:,.1f} ms", name)
     terms.add_row(f"{found.tpot * 1e3:,.1f} ms", "TPOT, the sum", style="bold")
-    terms.add_row(f"{found.ttft:,.1f} s", "TTFT of the whole prompt: operations / rate, or writing the KV")
-    terms.add_row(f"{found.resumed:,.2f} s", "first token when the context is stored already")
+    terms.add_row(told(found.ttft), "TTFT of the whole prompt: operations / rate, or writing the KV")
+    terms.add_row(told(found.resumed), "first token when the context is stored already")
     out.print(terms)
     if found.mode == "sparse":
         guess = f"{FOUND:.1%} of the keys within reach, {MISSED:.0%} of cold blocks missed"

@@ -31,7 +31,7 @@ from alaya_tiers.tools.baselines import VOCABULARY, Shape, build_model
 from alaya_tiers.tools.machine import Bytes, CpuUse
 from alaya_tiers.tools.profile import Profile, Transfer, identity, today
 from alaya_tiers.tools.rawdisk import DiskFile
-from alaya_tiers.tools.reporting import results
+from alaya_tiers.tools.reporting import out_file, results
 
 HEADS, GROUP, BLOCK = 4, 4, 256
 BUSY = 0.1
@@ -74,7 +74,7 @@ def measure(directory: Path, *, quick: bool = False, say: Say = lambda text: Non
         raise ConfigError(f"cannot measure the SSD in {directory}: {error}") from error
     say("engine")
     look = _look(attend["float32/64"], rate, pick, tries)
-    load = _load(directory, tries)
+    load = _load(directory, ssd, attend["float32/64"], 2 * tries)
     facts = machine.describe()
     versions = {name: facts[name] for name in ("alaya_tiers", "torch", "transformers", "numpy", "python")}
     return Profile(
@@ -230,11 +230,13 @@ def _transfers(file: DiskFile, nbytes: int, rounds: int) -> tuple[Transfer, ...]
     )
 
 
-def _load(directory: Path, tries: int) -> float:
-    """What a batch of cold blocks takes beside its bytes: from attention over batches of few and of many bytes."""
-    each = {size: _batch(directory, size, tries) for size in (512 << 10, 4 << 20)}
-    (small, fast), (large, slow) = each.items()
-    return max(0.0, min(fast, fast - (slow - fast) / (large - small) * small))
+def _load(directory: Path, ssd: tuple[Transfer, ...], read: float, tries: int, nbytes: int = 1 << 20) -> float:
+    """What a batch of cold blocks takes beside its bytes: in attention, over what the disk needs for so many."""
+    deep = max(DEPTHS)
+    sizes, rates = zip(*((one.size, one.read) for one in ssd if one.depth == deep), strict=True)
+    each = nbytes // Settings().io_threads  # the jobs of a batch
+    disk = nbytes / float(np.interp(np.log2(each), np.log2(sizes), rates))
+    return max(0.0, _batch(directory, nbytes, tries) - disk - nbytes / read)
 
 
 def _batch(directory: Path, nbytes: int, tries: int, tokens: int = 128 * BLOCK) -> float:
@@ -264,7 +266,7 @@ EPILOG = "Example: [bold]alaya-tiers profile -o this-machine.toml[/bold]"
 
 
 def command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("profile.toml"),
+    output: Annotated[Path, out_file("The file to write.")] = Path("profile.toml"),
     directory: Annotated[
         Path | None,
         typer.Option(help="Where the SSD is measured. [dim]default: beside the file[/dim]", show_default=False),

@@ -17,7 +17,7 @@ from alaya_tiers.hf import AlayaCache
 from alaya_tiers.stats import Stats
 from alaya_tiers.tools import demo
 from alaya_tiers.tools.demo import Options, Watcher
-from alaya_tiers.tools.reporting import results
+from alaya_tiers.tools.reporting import out_file, results
 
 MODES = ("exact", "sparse")
 
@@ -87,7 +87,7 @@ EPILOG = "Example: [bold]alaya-tiers record -o trace.jsonl --tokens 8000 --mode 
 
 
 def command(
-    output: Annotated[Path, typer.Option("--output", "-o", help="The trace to write.")] = Path("trace.jsonl"),
+    output: Annotated[Path, out_file("The trace to write.")] = Path("trace.jsonl"),
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to read.")] = 16_384,
     text: Annotated[Path | None, typer.Option(help="A text file instead of Python's standard library.")] = None,
     model: Annotated[

@@ -2,7 +2,6 @@
 
 import binascii
 import gzip
-import json
 import lzma
 from base64 import b64decode
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from alaya_tiers.config import Settings
 from alaya_tiers.errors import TraceError
 from alaya_tiers.recorder import VERSION
 from alaya_tiers.tools.shapes import Shape, from_config
+from alaya_tiers.tools.traces import loads
 
 Positions = npt.NDArray[np.int64]
 
@@ -176,7 +176,7 @@ def open_recording(path: Path) -> Recording:
     with _lines(path) as lines:
         line = next(lines, "")
     try:
-        first = json.loads(line)
+        first = loads(line)
         if not isinstance(first, dict) or "alaya_tiers_trace" not in first:
             raise ValueError('the first line of a recorded trace is {"alaya_tiers_trace": ...}')
         if first["alaya_tiers_trace"] != VERSION:
@@ -260,7 +260,7 @@ def _events(path: Path, skip: Skip) -> Iterator[Event]:
             try:
                 if not line.endswith("\n"):
                     raise ValueError("the line is cut off: was the run stopped? Remove it to use what is before")
-                event = _event(json.loads(line), state)
+                event = _event(loads(line), state)
             except (ValueError, KeyError, TypeError, IndexError, binascii.Error) as error:
                 what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
                 raise TraceError(str(path), number, what) from error

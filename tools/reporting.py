@@ -18,19 +18,32 @@ WIDTH = 132
 """Columns of a table that does not go to a terminal: in 80, the widest would lose their headings."""
 
 
-def _place(path: Path | None) -> Path | None:
+def place(path: Path | None) -> Path | None:
     """Refuse a file nobody could write now, not after an hour of measuring."""
     if path is not None and not path.parent.is_dir():
         raise typer.BadParameter(f"{path.parent} is not a directory: make it first")
     return path
 
 
+def out_file(words: str) -> Any:
+    """The option of a file to write: refused before anything is done where it could not be."""
+    return typer.Option("--output", "-o", help=words, dir_okay=False, callback=place)
+
+
+def told(seconds: float) -> str:
+    """A time for people: 12 ms, 1.5 s, 4.2 min, 15.7 h."""
+    for unit, size in (("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= (2 if unit in ("h", "min") else 1) * size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds * 1e3:,.1f} ms"
+
+
 JsonFile = Annotated[
     Path | None,
-    typer.Option("--json", help="Write all numbers to a file; - is stdout.", dir_okay=False, callback=_place),
+    typer.Option("--json", help="Write all numbers to a file; - is stdout.", dir_okay=False, callback=place),
 ]
 PlotFile = Annotated[
-    Path | None, typer.Option("--plot", help="Draw a PNG; needs matplotlib.", dir_okay=False, callback=_place)
+    Path | None, typer.Option("--plot", help="Draw a PNG; needs matplotlib.", dir_okay=False, callback=place)
 ]
 
 

@@ -132,6 +132,14 @@ def _readable(path: Path) -> Iterator[None]:
         raise TraceError(str(path), None, f"cannot be read to its end ({error})") from error
 
 
+def loads(line: str) -> Any:
+    """What a line of JSON says. Raises ValueError that says so where it is none."""
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"this is no JSON: {error}") from error
+
+
 # ---------------------------------------------------------------------- mooncake
 def _mooncake(path: Path, base: int) -> Iterator[Request]:
     openers: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
@@ -140,7 +148,7 @@ def _mooncake(path: Path, base: int) -> Iterator[Request]:
         for number, line in enumerate(lines, 1):
             try:
                 names = ("timestamp", "input_length", "output_length", "hash_ids")
-                time, tokens, output, ids = _fields(json.loads(line), *names)
+                time, tokens, output, ids = _fields(loads(line), *names)
                 time, tokens = _number(time, "timestamp", 0) / 1000, _count(tokens, "input_length", 1)
                 if time < last:
                     raise ValueError(f"it comes {last - time:g} s before the line above; sort by timestamp")

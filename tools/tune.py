@@ -22,7 +22,7 @@ from alaya_tiers.tools.prices import Prices, prices
 from alaya_tiers.tools.profile import Profile
 from alaya_tiers.tools.recorded import Recording, is_recording, open_recording
 from alaya_tiers.tools.replay import Replay
-from alaya_tiers.tools.reporting import need_matplotlib, pyplot, results
+from alaya_tiers.tools.reporting import need_matplotlib, out_file, place, pyplot, results
 from alaya_tiers.tools.search import Outcome, Point, Space, Target, Trial
 from alaya_tiers.tools.shapes import NAMED, Shape, shape_of
 from alaya_tiers.tools.simulate import POLICIES
@@ -78,6 +78,8 @@ class OfRun:
         """Of a cache."""
         changes = {name: value for name, value in point.items() if name not in ("recording", "host")}
         base = self.recordings[point["recording"]].settings
+        if not point["page_share"]:  # no room for what would be guessed
+            changes["guess"] = "none"
         block = point["block_tokens"] / base.block_tokens
         device = int(max(base.device_budget, base.device_budget * block))
         return base.replace(host_budget=int(point["host"] * self.kv_bytes), device_budget=device, **changes)
@@ -243,8 +245,10 @@ def command(
     form: Annotated[str, typer.Option("--format", help=f"One of {', '.join(FORMATS)}.")] = "auto",
     limit: Annotated[int | None, typer.Option(min=1, help="Request traces: only so many requests.")] = None,
     seed: Annotated[int, typer.Option(help="Of the search.")] = 0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the settings as TOML.")] = None,
-    plot: Annotated[Path | None, typer.Option(help="Draw price against time as PNG; needs matplotlib.")] = None,
+    output: Annotated[Path | None, out_file("Write the settings as TOML.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw price against time as PNG; needs matplotlib.", callback=place)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="All trials as JSON on stdout.")] = False,
 ) -> None:
     """Searches settings by simulation: the cheapest that meet a target, or the fastest for a price.

@@ -287,7 +287,7 @@ def command(
     only: Annotated[str | None, typer.Option(help="Workloads whose name has this in it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The report as JSON on stdout.")] = False,
 ) -> None:
-    """Runs the engine in 25 configurations, the simulation beside it, and reports the errors. Takes a minute or two."""
+    """Runs the engine in 25 configurations, the simulation beside it, and reports the errors. Takes three minutes."""
     known = profile.load(profile_file)
     cases = tuple(case for case in CASES if only is None or only in case.workload.name)
     if not cases:
