@@ -30,6 +30,11 @@ class IndexFile(Source):
     def __init__(self, disk: Disk, path: str, layers: Mapping[int, LayerCodes]) -> None:
         self._disk, self._path, self.layers = disk, path, layers
 
+    def expect(self, layer: int) -> None:
+        """See Source."""
+        codes = self.layers[layer]
+        self._disk.expect(self._path, codes.offset, len(codes.digests) * codes.nbytes)
+
     def load(self, layer: int, runs: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         """See Source."""
         codes = self.layers[layer]

@@ -46,6 +46,10 @@ MOST_WANTED = 64
 class Source(Protocol):
     """Codes that were made before and kept."""
 
+    def expect(self, layer: int) -> None:
+        """The codes of a layer will be loaded soon: have them come meanwhile."""
+        ...
+
     def load(self, layer: int, runs: list[int]) -> Iterator[tuple[list[int], Tensor]]:
         """The codes of some runs of a layer: which, ascending, and uint8 [n, kv_heads, bytes].
 
@@ -413,9 +417,12 @@ class Partitions:
                     return
                 layer = min(self._promised)
                 source, first = self._promised[layer].pop()
-                if not self._promised[layer]:
+                following = self._promised[layer][-1][0] if self._promised[layer] else None
+                if following is None:
                     del self._promised[layer]
             try:
+                if following is not None:
+                    following.expect(layer)
                 if (shape := self._mover.shapes.get(layer)) is not None and not self.full:
                     self._fetch(source, layer, first, shape.geometry.kv_heads)
             except Exception as error:  # nothing depends on it

@@ -119,8 +119,8 @@ class Disk(Protocol):
         """The whole of a regular file of at most ``most`` bytes, at once; no link is followed."""
         ...
 
-    def expect(self, paths: Sequence[str], nbytes: int) -> None:
-        """The first bytes of these files will be wanted soon: have them come all at once. A hint; nothing fails."""
+    def expect(self, path: str, offset: int, nbytes: int) -> None:
+        """These bytes of a file will be wanted soon: have them come meanwhile. A hint; nothing fails."""
         ...
 
     def sync(self, path: str) -> None:
@@ -149,6 +149,8 @@ def read_up_to(disk: Disk, handle: int, offset: int, n: int) -> bytearray:
         got = disk.read(handle, [memoryview(piece)], offset + len(found))
         if got <= 0:
             break
+        if got == n:
+            return piece
         found += memoryview(piece)[:got]
     return found
 
@@ -334,14 +336,15 @@ class SystemDisk:
         with open(handle, "rb") as file:
             return file.read(size)  # read(most) would take that much memory first
 
-    def expect(self, paths: Sequence[str], nbytes: int) -> None:
-        for path in paths if hasattr(os, "posix_fadvise") else ():
-            with contextlib.suppress(OSError):
-                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-                try:
-                    os.posix_fadvise(handle, 0, nbytes, os.POSIX_FADV_WILLNEED)
-                finally:
-                    os.close(handle)
+    def expect(self, path: str, offset: int, nbytes: int) -> None:
+        if not hasattr(os, "posix_fadvise"):
+            return
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                os.posix_fadvise(handle, offset, nbytes, os.POSIX_FADV_WILLNEED)
+            finally:
+                os.close(handle)
 
     def sync(self, path: str) -> None:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)

@@ -72,8 +72,8 @@ class Shelf:
 
     def expect(self, names: Sequence[str], *, index: bool = False) -> None:
         """The records of these segments, or the headers of their indexes, will be wanted next, one after the other."""
-        paths = [self.index_path(name) if index else record_path(self.path, name) for name in names]
-        self._disk.expect(paths, EXPECTED)
+        for name in names:
+            self._disk.expect(self.index_path(name) if index else record_path(self.path, name), 0, EXPECTED)
 
     def index_path(self, name: str) -> str:
         """Where the index of a stored segment is, if it has one."""

@@ -277,7 +277,7 @@ class SimDisk:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), path)
         return bytes(self.files[path].data)
 
-    def expect(self, paths: Sequence[str], nbytes: int) -> None:
+    def expect(self, path: str, offset: int, nbytes: int) -> None:
         """It has no cache."""
 
     def sync(self, path: str) -> None:

@@ -240,7 +240,7 @@ class CrashDisk:
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
             return bytes(found.now)
 
-    def expect(self, paths: Sequence[str], nbytes: int) -> None:
+    def expect(self, path: str, offset: int, nbytes: int) -> None:
         """It has no cache."""
 
     def sync(self, path: str) -> None:
