@@ -64,7 +64,7 @@ def test_pictures_are_drawn(trace: Path, tmp_path: Path) -> None:
     [
         (("-o", "p.gif"), "not '.gif'"),
         (("--only", "sound"), "no picture 'sound'"),
-        (("-o", "no/such/folder/p.html"), "cannot write pictures"),
+        (("-o", "no/such/folder/p.html"), "no/such/folder is not a directory"),
     ],
     ids=["kind", "picture", "folder"],
 )

@@ -124,12 +124,13 @@ def report(
 def table(runs: list[Run]) -> Table:
     """A line for each phase of each run."""
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    changed = list(runs[0].changes)
+    changed = [name for name in runs[0].changes if len({str(run.changes[name]) for run in runs}) > 1]
     heads = ("phase", "TPOT ms", "p99 ms", "seconds", "hits", "device", "host", "ahead", "SSD read", "SSD written")
     for name in (*(name.replace("_", "-") for name in changed), *heads):
         shown.add_column(name, justify="left" if name == "phase" else "right", no_wrap=True)
     for run in runs:
-        told = [format_bytes(v) if name in SIZES else str(v) for name, v in run.changes.items()]
+        values = [(name, run.changes[name]) for name in changed]
+        told = [format_bytes(value) if name in SIZES else str(value) for name, value in values]
         if run.missing is not None:
             shown.add_row(*told, "too small", style="dim")
         for phase in run.phases:
