@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -44,6 +44,9 @@ LEAST = 4
 """Coded blocks that are worth a scan."""
 
 NONE = np.empty(0, np.int32)
+
+WAITED = 120e-6
+"""Seconds that a step waits to be told what a device found, four times, for all heads together."""
 
 TRIES = 3
 """How often a head is scanned in one step that finds too little of its attention, before it reads everything."""
@@ -119,7 +122,7 @@ def attend(
     inner[inner] = coded
     outside, middle, layout = every.where(~inner), middle.where(coded), partitions.layout_of(state.number)
     step = _step(state, row, outside, middle, layout, mirrored)
-    rates = Rates(s.read_rate, s.scan_rate, s.pick_seconds, s.ssd_rate, s.page_seconds)
+    rates = _rates(state, row, middle)
     target = None if s.attention_target is None else s.attention_target / len(state.engine.mover.shapes)
     look, most = history.plan(step, rates, target, s.most_selected)
     history.tokens = int(every.count.sum())
@@ -217,7 +220,8 @@ def _step(state: Layer, row: Row, outside: Spans, middle: Spans, layout: Layout,
     s, numbers = state.engine.settings, float(middle.count.sum() * layout.dims)
     if mirrored is not None and (near := float(mirrored.there.mean())):
         cpu = (1 - near) * numbers / s.scan_rate
-        numbers = max(cpu, near * numbers * layout.bits / 8 / s.device_rate) * s.scan_rate
+        there = near * numbers * layout.bits / 8 / s.device_rate + WAITED / state.shape.geometry.kv_heads
+        numbers = max(cpu, there) * s.scan_rate
     g, book = state.shape.geometry, state.engine.mover.ledger
     window = float(outside.count.sum() * g.row_bytes)
     cold = 1 - float(book.readable(row.first[middle.run]).mean())
@@ -225,6 +229,16 @@ def _step(state: Layer, row: Row, outside: Spans, middle: Spans, layout: Layout,
         window + float(middle.count.sum() * g.row_bytes), window, numbers, g.row_bytes,
         state.shape.nbytes, middle.run.size, cold, missed_share(state),
     )  # fmt: skip
+
+
+def _rates(state: Layer, row: Row, middle: Spans) -> Rates:
+    """What reading costs: blocks in a device's memory are read and picked from at its speed."""
+    s, mover = state.engine.settings, state.engine.mover
+    rates = Rates(s.read_rate, s.scan_rate, s.pick_seconds, s.ssd_rate, s.page_seconds)
+    if mover.lanes.device.on_cpu:
+        return rates
+    near = float((mover.ledger.device[state.ids(row.first[middle.run])] >= 0).mean())
+    return replace(rates, read=1 / ((1 - near) / s.read_rate + near / s.device_rate), pick=(1 - near) * s.pick_seconds)
 
 
 def _warn_full(s: Settings) -> None:

@@ -103,7 +103,8 @@ def test_sparse_attention_over_three_tiers(device: cuda.Cuda, codes: int) -> Non
     settings = Settings(
         mode="sparse", alpha=1e-9, index_sure=0, recent_tokens=16, sink_tokens=8, block_tokens=8, segment_tokens=32,
         device_budget=13 * HEADS * 4096 + 4096, host_budget=8 * HEADS * 4096, io="buffered",
-        pick_seconds=1e-12, page_seconds=1e-12, scan_rate=1e15, read_rate=1.0, device_index_budget=codes,
+        pick_seconds=1e-12, page_seconds=1e-12, scan_rate=1e15, read_rate=1.0, device_rate=1.0,
+        device_index_budget=codes,
     )  # fmt: skip
     eng = Engine(settings, device=on)
     try:

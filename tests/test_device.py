@@ -127,7 +127,8 @@ def test_sparse_attention_over_three_tiers(seed: int, device_runs: int, codes: i
     settings = Settings(
         mode="sparse", alpha=1e-9, index_sure=0, recent_tokens=16, sink_tokens=8, block_tokens=8, segment_tokens=32,
         device_budget=(1 + device_runs) * HEADS * 4096 + 4096, host_budget=8 * HEADS * 4096, io="buffered",
-        pick_seconds=1e-12, page_seconds=1e-12, scan_rate=1e15, read_rate=1.0, device_index_budget=codes,
+        pick_seconds=1e-12, page_seconds=1e-12, scan_rate=1e15, read_rate=1.0, device_rate=1.0,
+        device_index_budget=codes,
     )  # fmt: skip
     eng = Engine(settings, device=device)
     try:
@@ -153,12 +154,37 @@ def test_sparse_attention_over_three_tiers(seed: int, device_runs: int, codes: i
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("device_rate", "looks"), [(1e12, False), (1.0, True)])
+def test_reading_is_planned_at_the_speed_of_where_it_is(device_rate: float, looks: bool) -> None:
+    """The CPU is slow; the device, where all blocks are, is or is not."""
+    settings = Settings(
+        mode="sparse", alpha=0.9, recent_tokens=16, sink_tokens=8, block_tokens=8, segment_tokens=32, io="buffered",
+        device_budget=60 * HEADS * 4096, host_budget=8 * HEADS * 4096, read_rate=1.0, device_rate=device_rate,
+        least_mass=0.0,
+    )  # fmt: skip
+    eng = Engine(settings, device=Simulated(0))
+    try:
+        session, kv = Session(eng), torch.randn(1, HEADS, 8 * 24, DIM)
+        session.update(0, kv, kv)
+        session.build_index()
+        scanned = []
+        for _ in range(2):  # every head looks at first
+            session.attention(0, 4 * torch.randn(1, HEADS * GROUP, 1, DIM), [Visible.all(8 * 24, 1)], 0.25)
+            use = session.stats().sparse
+            assert use is not None
+            scanned.append(use.scanned_bytes)
+        assert (scanned[1] > scanned[0] > 0) == looks
+    finally:
+        eng.close()
+
+
+@pytest.mark.slow
 def test_codes_that_are_scanned_without_waiting_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """They are still on their way up, as far as the CPU knows."""
     device = Deaf(0, -1)
     settings = Settings(
         mode="sparse", recent_tokens=16, sink_tokens=8, block_tokens=8, segment_tokens=32, io="buffered",
-        device_budget=60 * HEADS * 4096, host_budget=8 * HEADS * 4096, scan_rate=1e15, read_rate=1.0,
+        device_budget=60 * HEADS * 4096, host_budget=8 * HEADS * 4096, scan_rate=1e15, read_rate=1.0, device_rate=1.0,
     )  # fmt: skip
     eng = Engine(settings, device=device)
     try:
