@@ -263,6 +263,17 @@ def test_the_command_compares_policies_and_sizes(trace: Path) -> None:
     assert "…" not in shown.stdout
 
 
+def test_a_machine_that_cannot_keep_up_is_told_of(tmp_path: Path) -> None:
+    """Answers of 2,000 tokens, ten a second, whose KV is read from the ssd in every step."""
+    path = tmp_path / "busy.jsonl"
+    path.write_text("\n".join(chat(i * 100, 4096, [*range(8 * i, 8 * i + 8)], output=2000) for i in range(60)))
+    words = ("simulate", str(path), *SMALL, "--policy", "lru")
+    assert "Overloaded, 1 of 1 runs" in call(*words).stdout
+    assert "Overloaded" not in call(*words, "--device-memory", "1TiB", "--attend", "0.01").stdout
+    run = json.loads(call(*words, "--json").stdout)["runs"][0]
+    assert run["decoded_seconds"] > run["simulated_seconds"] + 600
+
+
 def test_a_machine_can_come_from_a_file(trace: Path, tmp_path: Path) -> None:
     file = tmp_path / "box.toml"
     file.write_text(

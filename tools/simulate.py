@@ -23,7 +23,7 @@ from alaya_tiers.tools.recorded import is_recording, open_recording
 from alaya_tiers.tools.repeat import repeated
 from alaya_tiers.tools.reporting import results
 from alaya_tiers.tools.shapes import NAMED, Shape, shape_of
-from alaya_tiers.tools.simulated import Run, hits, outcome, table, traffic
+from alaya_tiers.tools.simulated import Run, hits, outcome, overloaded, table, traffic
 from alaya_tiers.tools.simulator import Simulator
 from alaya_tiers.tools.traces import FORMATS, Request, Trace, open_trace
 
@@ -228,6 +228,9 @@ def tell(runs: list[Run], facts: dict[str, Any], wall: float, varied: str | None
     out = results()
     for cells in (outcome, hits, traffic):
         out.print(table(runs, varied, cells))
+        out.print()
+    if (warning := overloaded(runs)) is not None:
+        out.print(warning, style="yellow")
         out.print()
     first = runs[0].counts
     what = f"{first.requests:,} requests, {first.tokens:,} tokens, {format_bytes(facts['token_bytes'])} of KV each"

@@ -14,6 +14,9 @@ from alaya_tiers.tools.simulator import TIERS, Counts
 
 SECONDS_A_DAY = 86400
 SECONDS_AN_HOUR = 3600
+
+DRAIN = 600.0
+"""Seconds in which the last answers may be finished before a machine is called overloaded."""
 PERCENTILES = (50, 90, 99)
 
 
@@ -54,6 +57,7 @@ class Run:
             "stall_seconds": counts.stall_seconds,
             "compute_seconds": counts.compute_seconds,
             "simulated_seconds": counts.ended,
+            "decoded_seconds": counts.decoded,
             "ssd_written_bytes_per_day": counts.moved["host_to_ssd"] / counts.ended * SECONDS_A_DAY,
             "price_an_hour": hour,
             "price_per_million_tokens": hour * hours / (counts.tokens + counts.output) * 1e6,
@@ -92,6 +96,20 @@ def traffic(row: dict[str, Any]) -> dict[str, str]:
     seconds = {name: f"{row[f'{name}_seconds']:,.0f} s" for name in ("queue", "stall")}
     bytes_moved = {name: format_bytes(row["moved_bytes"][key]) for name, key in moved.items()}
     return seconds | bytes_moved | {"ssd written a day": format_bytes(row["ssd_written_bytes_per_day"])}
+
+
+def overloaded(runs: list[Run]) -> str | None:
+    """What to say where answers were still being written long after the last prompt was read."""
+    late = [run.counts.decoded - run.counts.ended for run in runs]
+    many = sum(more > max(DRAIN, run.counts.ended / 4) for more, run in zip(late, runs, strict=True))
+    if not many:
+        return None
+    hours = max(late) / SECONDS_AN_HOUR
+    return (
+        f"Overloaded, {many} of {len(runs)} runs: answers were still written {hours:,.1f} h after "
+        "the last prompt was read. Requests come faster than they are decoded, so TPOT says little but how long "
+        "the trace is: take a larger --device-memory (of all --servers together), or --attend for sparse attention."
+    )
 
 
 def table(runs: list[Run], varied: str | None, cells: Callable[[dict[str, Any]], dict[str, str]]) -> Table:
