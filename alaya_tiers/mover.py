@@ -712,6 +712,8 @@ class Mover:
                     raise
                 return  # all its blocks died meanwhile and it was removed
             file.published = file.written == written
+            if file.published:
+                self.ssd.published(file)
 
     def _unflushed(self) -> bool:
         return self._writer is not None or bool(self.ledger.dirty_ids().size or self.ledger.landing_count())

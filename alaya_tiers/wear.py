@@ -78,7 +78,7 @@ class Wear:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def admit(self, nbytes: int) -> None:
-        """Blocks of ``nbytes`` are about to be written. Raises WriteBudgetSpent; nothing was admitted then."""
+        """``nbytes`` are about to be written. Raises WriteBudgetSpent; nothing was admitted then."""
         with self._lock:
             date = self.today()
             spent = self.days.get(date, Day()).disk + self._admitted
@@ -91,7 +91,7 @@ class Wear:
             self._admitted += nbytes
 
     def settle(self, nbytes: int, payload: int) -> None:
-        """A block that was admitted is on disk, or was given up (payload 0)."""
+        """What was admitted is on disk, ``payload`` of it keys and values, or was given up."""
         with self._lock:
             self._admitted -= nbytes
             self._count(0, payload)

@@ -1,6 +1,5 @@
 """SSD wear: what is written is counted, by day and context; what is over the budget is refused; nothing goes twice."""
 
-import contextlib
 import itertools
 import json
 import random
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from alaya_tiers import DB
+from alaya_tiers import DB, AlayaCache
 from alaya_tiers.errors import ConfigError, OutOfSpace, WriteBudgetSpent
 from alaya_tiers.manifest import Context, Entry, Manifest
 from alaya_tiers.policies import REUSE, ReuseView, by_name
@@ -97,16 +96,19 @@ class TestCounting:
 
 @pytest.mark.slow
 class TestCache:
+    def fill(self, model: Any, cache: AlayaCache) -> None:
+        """More blocks than any test here has room for."""
+        for _ in range(49):
+            model(input_ids=prompt(n=BLOCK), past_key_values=cache)
+
     def test_what_is_over_the_budget_stays_in_memory_and_then_is_an_error(self) -> None:
         model = tiny()
         model.set_attn_implementation("alaya")
         run = 3 * 2 * 4096  # a run of blocks of every layer, in whole pages
         with small_cache(model, write_budget=4 * run) as cache, torch.no_grad():
-            with contextlib.suppress(WriteBudgetSpent):
-                for _ in range(49):
-                    model(input_ids=prompt(n=BLOCK), past_key_values=cache)
-            with pytest.raises(WriteBudgetSpent, match="write_budget"):
-                model(input_ids=prompt(n=BLOCK), past_key_values=cache)
+            for _ in range(2):  # again, as soon as memory is full again
+                with pytest.raises(WriteBudgetSpent, match="write_budget"):
+                    self.fill(model, cache)
             length = cache.get_seq_length()
             assert 4 * BLOCK <= length < 50 * BLOCK
             stats = cache.stats()
@@ -115,6 +117,23 @@ class TestCache:
             for layer in range(3):  # all of it is still there, and what is on ssd can be read
                 assert cache.session.read(layer, 0, length)[0].shape[2] == length
             cache.session.engine.mover.ledger.check_integrity()
+
+    def test_what_stands_beside_blocks_is_admitted_with_the_first_of_a_file(self) -> None:
+        """Digests of pages, the index of a shard, metadata: counted before they are written, and never twice."""
+        model = tiny()
+        model.set_attn_implementation("alaya")
+        with small_cache(model, write_budget=1 << 30) as cache, torch.no_grad():
+            wear = cache.session.engine.wear
+            for times, tokens in enumerate((20 * BLOCK, 2 * BLOCK + 3, 1), 1):
+                model(input_ids=prompt(n=tokens), past_key_values=cache)
+                cache.flush()
+                files = [file for file in cache.session.engine.mover.ssd.files if file.live]
+                assert all(file.published and file.admitted == 0 for file in files if file.written)
+                assert wear._admitted == sum(file.admitted for file in files)
+                blocks = sum(file.written * file.stride for file in files)
+                assert blocks < wear.disk_bytes <= blocks + times * sum(file.beside for file in files)
+            model(input_ids=prompt(n=20 * BLOCK), past_key_values=cache)
+        assert wear._admitted == 0, "what was never written is given up on closing"
 
     def test_clean_copies_are_dropped_and_never_written_again(self) -> None:
         model = tiny()

@@ -16,6 +16,10 @@ from alaya_tiers.blocks import PAGE, BlockShape, round_up
 from alaya_tiers.digest import Digests
 from alaya_tiers.errors import IOFailed, OutOfSpace, StoreCorrupt, StoreError, StoreUnwritable
 from alaya_tiers.seams import Disk
+from alaya_tiers.tiers.zarr_format import shard_index_bytes
+
+METADATA = 2048
+"""Bytes that the JSON of a shard and of the groups it is in take at most."""
 
 OPEN_FILES = 128
 """Handles kept open."""
@@ -80,6 +84,8 @@ class SegmentFile:
     """Blocks charged because a stored context has them, alive in a session or not; such a file never changes again."""
     ours: bool = True
     """Whether we pay for it and remove it; what others stored is only read."""
+    admitted: int = 0
+    """Bytes that may be written beside its blocks, see Writes; 0 once they are."""
     doubtful: bool = False
     """Whether making it durable failed once: nobody can say what is on disk."""
     pages: Digests = field(default_factory=lambda: np.empty((0, 0), np.uint64))
@@ -106,6 +112,11 @@ class SegmentFile:
     def data_bytes(self) -> int:
         """Where the digests of pages start."""
         return self.offsets.size * self.stride
+
+    @property
+    def beside(self) -> int:
+        """Bytes at most that are written beside its blocks to publish it."""
+        return digests_bytes(self.pages.shape) + shard_index_bytes(self.offsets.size) + METADATA
 
     @property
     def full(self) -> bool:

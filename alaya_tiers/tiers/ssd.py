@@ -43,11 +43,11 @@ class Writes(Protocol):
     """Who counts what is written, and may refuse it."""
 
     def admit(self, nbytes: int) -> None:
-        """A block of ``nbytes`` is about to be written. Raises StoreError; nothing was admitted then."""
+        """``nbytes`` are about to be written. Raises StoreError; nothing was admitted then."""
         ...
 
     def settle(self, nbytes: int, payload: int) -> None:
-        """An admitted block of ``nbytes`` is on disk, with ``payload`` bytes of keys and values; 0: it was given up."""
+        """Admitted ``nbytes`` are on disk, ``payload`` of them keys and values; 0: none, or they were given up."""
         ...
 
 
@@ -102,11 +102,13 @@ class SsdTier:
         assert file.offsets[head, index] < 0, f"{file.path}: block {head},{index} placed twice"
         self._accountant.charge("ssd", file.stride)
         if self.writes is not None:
+            beside = 0 if file.admitted else file.beside  # its first block, or what it says of itself is written anew
             try:
-                self.writes.admit(file.stride)
+                self.writes.admit(file.stride + beside)
             except BaseException:
                 self._accountant.release("ssd", file.stride)
                 raise
+            file.admitted += beside
         offset = (head * blocks + index) * file.stride
         file.offsets[head, index] = offset
         file.live += 1
@@ -162,6 +164,12 @@ class SsdTier:
                 full.add(number)
         return full
 
+    def published(self, file: SegmentFile) -> None:
+        """What stands beside the blocks of a file is written, or will never be."""
+        if self.writes is not None:
+            self.writes.settle(file.admitted, 0)
+        file.admitted = 0
+
     def forget(self, numbers: npt.NDArray[np.int32]) -> list[str]:
         """Written blocks (one element a block) are dead; the files nothing lives in any more, to be removed."""
         return [path for number in numbers.tolist() if (path := self._drop(number)) is not None]
@@ -194,6 +202,8 @@ class SsdTier:
     def close(self) -> None:
         """Close all handles and give the budget back. No job may be running."""
         self._handles.close()
+        for file in self.files:
+            self.published(file)
         self._accountant.release("ssd", sum(max(f.live, f.kept) * f.price for f in self.files))
         self.files, self._by_name = [], {}
 
@@ -213,6 +223,7 @@ class SsdTier:
         if file.live or not file.ours:
             return None
         self._by_name.pop((file.stream, file.segment, file.layer), None)
+        self.published(file)
         return file.path
 
     def _split(

@@ -86,9 +86,16 @@ def shard_index(offsets: npt.NDArray[np.int64], nbytes: int) -> bytes:
     return raw + int(google_crc32c.value(raw)).to_bytes(4, "little")
 
 
+def shard_index_bytes(blocks: int) -> int:
+    """How long the index of a shard of so many inner chunks is."""
+    return 16 * blocks + 4
+
+
 def shard_offsets(raw: bytes | bytearray, count: int, nbytes: int) -> npt.NDArray[np.int64] | None:
     """What such an index says, -1 where there is no chunk; None if it is damaged."""
-    if len(raw) != count * 16 + 4 or int(google_crc32c.value(bytes(raw[:-4]))) != int.from_bytes(raw[-4:], "little"):
+    if len(raw) != shard_index_bytes(count) or int(google_crc32c.value(bytes(raw[:-4]))) != int.from_bytes(
+        raw[-4:], "little"
+    ):
         return None
     entries = np.frombuffer(bytes(raw[:-4]), "<u8").reshape(count, 2)
     missing = (entries == MISSING).all(1)
