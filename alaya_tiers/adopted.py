@@ -2,13 +2,12 @@
 
 import errno
 import os
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
+from alaya_tiers.blocks import PAGE, BlockShape, round_up
 from alaya_tiers.commit import is_plain
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import StoreCorrupt, StoreMismatch
@@ -51,10 +50,11 @@ class Adopted:
                 raise StoreCorrupt(errno.ELOOP, "a link leads out of the store and was not followed", folder)
         shapes = {}
         for number, layer in sorted(segment.layers.items()):
-            dtype = getattr(torch, layer.dtype, None)
-            if not isinstance(dtype, torch.dtype):
-                raise StoreCorrupt(errno.EIO, f"there is no dtype {layer.dtype!r}", self.shelf.path)
-            shapes[number] = engine.fit(number, Geometry(layer.kv_heads, layer.k_dim, layer.v_dim, dtype), device)
+            try:
+                stored = layer.shape
+            except ValueError as error:
+                raise StoreCorrupt(errno.EIO, str(error), self.shelf.path) from error
+            shapes[number] = engine.fit(number, stored.geometry, device)
             if shapes[number].tokens != layer.block_tokens:
                 raise StoreMismatch(
                     errno.EINVAL,
@@ -163,8 +163,7 @@ class Adopted:
 
     def folder(self, number: int) -> str:
         """The folder of the array a file belongs to, inside the store."""
-        array = Path(self.engine.mover.ssd.files[number].path).parents[3]
-        return array.relative_to(self.shelf.path).as_posix()
+        return self.shelf.folder(self.engine.mover.ssd.files[number].path)
 
 
 def ids_of(first: Runs, heads: int) -> Ids:

@@ -5,10 +5,9 @@ import os
 from collections.abc import Iterable
 
 import numpy as np
-import torch
 
 from alaya_tiers import digest
-from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
+from alaya_tiers.blocks import PAGE, round_up
 from alaya_tiers.digest import Digests
 from alaya_tiers.errors import StoreCorrupt
 from alaya_tiers.manifest import LayerBlocks, Manifest, Segment
@@ -19,15 +18,9 @@ from alaya_tiers.tiers.zarr_format import array_json, group_json, shard_index
 PIECE = 1 << 20
 
 
-def shape_of(layer: LayerBlocks) -> BlockShape:
-    """The shape of a layer's blocks."""
-    dtype = getattr(torch, layer.dtype)
-    return BlockShape(Geometry(layer.kv_heads, layer.k_dim, layer.v_dim, dtype), layer.block_tokens)
-
-
 def stride_of(layer: LayerBlocks) -> int:
     """Bytes from one block to the next in a shard."""
-    return round_up(shape_of(layer).nbytes, PAGE)
+    return round_up(layer.shape.nbytes, PAGE)
 
 
 def write_array(
@@ -45,7 +38,7 @@ def write_array(
         if name == folder
     ]
     layer, whole = users[0][1], users[0][3].segment_tokens
-    shape, blocks = shape_of(layer), whole // layer.block_tokens
+    shape, blocks = layer.shape, whole // layer.block_tokens
     runs = np.unique(np.concatenate([mine for _, _, mine, _ in users]))
     tokens = max(min(s.tokens.size, (int(mine.max(initial=-1)) + 1) * layer.block_tokens) for s, _, mine, _ in users)
     offsets = np.full((layer.kv_heads, blocks), -1, np.int64)

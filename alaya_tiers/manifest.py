@@ -17,7 +17,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from alaya_tiers.blocks import BlockShape, Geometry
 from alaya_tiers.identity import Identity, Tokens, segment_name
 
 MOST_BYTES = 256 << 20
@@ -50,6 +52,14 @@ class LayerBlocks:
     files: tuple[str, ...]
     where: npt.NDArray[np.int64]
     digests: npt.NDArray[np.uint64]
+
+    @property
+    def shape(self) -> BlockShape:
+        """Of its blocks; ValueError where the dtype is none."""
+        dtype = getattr(torch, self.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"there is no dtype {self.dtype!r} for keys and values")
+        return BlockShape(Geometry(self.kv_heads, self.k_dim, self.v_dim, dtype), self.block_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +165,10 @@ class Manifest:
             names.append(name)
             name = self.segments[name].before
         return names[::-1]
+
+    def files_of(self, context: str) -> set[str]:
+        """The folders of all arrays a context is in."""
+        return {folder for name in self.chain(context) for folder in self.segments[name].files}
 
     def root(self, name: str) -> str:
         """The root a segment hangs on."""

@@ -172,7 +172,7 @@ class Prefixes:
         if run is None:
             self.lost(name, StoreCorrupt(errno.EIO, "a stored segment is damaged and was not used", path))
         else:
-            self._damaged.add(Place(self._folder(path), run))
+            self._damaged.add(Place(self.shelf.folder(path), run))
 
     def lost(self, name: str, error: StoreCorrupt) -> None:
         """Nothing of a segment can be used, because of ``error``."""
@@ -181,7 +181,7 @@ class Prefixes:
     def is_damaged(self, path: str, run: int) -> bool:
         """Whether that run of a file is known to be damaged."""
         self._read_in_vain()
-        return Place(self._folder(path), run) in self._damaged
+        return Place(self.shelf.folder(path), run) in self._damaged
 
     def corrupt(self, name: str) -> StoreCorrupt:
         """The error that says what is wrong with a segment, and whose it is."""
@@ -221,12 +221,8 @@ class Prefixes:
         size = self.manifest.segments[name].tokens
         return size if size <= tokens.size and segment_name(before, tokens[:size]) == name else 0
 
-    def _folder(self, path: str) -> str:
-        """That of the array, inside the store, to which a shard belongs."""
-        return os.path.relpath(path, self.shelf.path).removesuffix("/c/0/0/0")
-
     def _read_in_vain(self) -> None:
         if self.engine.started:
             with self.engine.mover.lock:
                 places = list(self.engine.mover.ssd.damaged)
-            self._damaged |= {Place(self._folder(path), run) for path, run in places}
+            self._damaged |= {Place(self.shelf.folder(path), run) for path, run in places}

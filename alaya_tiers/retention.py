@@ -155,7 +155,7 @@ class Retention:
         """What the policy is shown, and the ids of the contexts in its order."""
         manifest, now = self.contexts.manifest, self.now
         names, chains = list(manifest.contexts), {name: manifest.chain(name) for name in manifest.contexts}
-        files = {name: {f for part in chains[name] for f in manifest.segments[part].files} for name in names}
+        files = {name: manifest.files_of(name) for name in names}
         users: dict[str, int] = {}
         for of_context in files.values():
             for file in of_context:

@@ -79,11 +79,15 @@ class Shelf:
         """Where the index of a stored segment is, if it has one."""
         return os.path.join(self.path, SEGMENTS, name, "index")
 
+    def folder(self, path: str) -> str:
+        """That of the array, inside the store, to which a shard belongs."""
+        return os.path.relpath(path, self.path).removesuffix("/c/0/0/0")
+
     def blame(self, error: StoreCorrupt, advice: str) -> None:
         """Have an error about a block say whose it is and what to do, if what is damaged was stored."""
         if error.block is None or error.segment is not None:
             return
-        folder = os.path.relpath(error.filename, self.path).removesuffix("/c/0/0/0")
+        folder = self.folder(error.filename)
         place = Place(folder, error.block)
         hurt = [n for n, entry in self.manifest.segments.items() if folder in entry.files and self._has(n, place)]
         if hurt:

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import torch
 
 from alaya_tiers import digest
-from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
+from alaya_tiers.blocks import PAGE, BlockShape, round_up
 from alaya_tiers.coded import problem_of
 from alaya_tiers.commit import GENERATIONS, SEGMENTS, is_plain, load_needs, load_segment, needs_path
 from alaya_tiers.errors import StoreCorrupt
@@ -80,13 +79,15 @@ def verify(disk: Disk, root: str, manifest: Manifest, say: Callable[[int, int], 
 def flaws(disk: Disk, root: str, segment: Segment, tokens: int, *, blocks_only: bool = False) -> Iterator[Flaw]:
     """All damage to the arrays of a segment. tokens: of a whole one."""
     for number, layer in segment.layers.items():
-        shape = _shape(layer)
-        blocks, odd = divmod(tokens, layer.block_tokens)
-        if shape is None:
-            yield Flaw(root, f"there is no dtype {layer.dtype!r} for keys and values", "record")
+        try:
+            shape = layer.shape
+        except ValueError as error:
+            yield Flaw(root, str(error), "record")
             continue
-        if odd or not 0 < layer.kv_heads * blocks <= MOST_BYTES // 16 or layer.where.size > blocks:
-            yield Flaw(root, "a record speaks of blocks that do not fit its segment", "record")
+        blocks, odd = divmod(tokens, layer.block_tokens)
+        fits = not odd and 0 < layer.kv_heads * blocks <= MOST_BYTES // 16 and layer.where.size <= blocks
+        if not fits or not storable(shape.geometry.dtype):
+            yield Flaw(root, "a record speaks of blocks that no segment like it has", "record")
             continue
         for place, folder in enumerate(layer.files):
             path = f"{root}/{folder}/c/0/0/0"
@@ -117,13 +118,6 @@ def is_group(data: bytes) -> bool:
         return isinstance(found, dict) and found | {"attributes": {}} == wanted | {"attributes": {}}
     except (ValueError, RecursionError):
         return False
-
-
-def _shape(layer: LayerBlocks) -> BlockShape | None:
-    dtype = getattr(torch, layer.dtype, None)
-    if not isinstance(dtype, torch.dtype) or not storable(dtype):
-        return None
-    return BlockShape(Geometry(layer.kv_heads, layer.k_dim, layer.v_dim, dtype), layer.block_tokens)
 
 
 def _groups(disk: Disk, root: str, manifest: Manifest) -> Iterator[Damage]:

@@ -174,7 +174,7 @@ def written_for(manifest: Manifest) -> dict[str, int]:
     """Bytes of files by context, oldest first: each file is counted once, for the oldest context that names it."""
     found, known = dict[str, int](), set[str]()
     for context in sorted(manifest.contexts.values(), key=lambda c: (c.created, c.tokens)):
-        files = {file for name in manifest.chain(context.id) for file in manifest.segments[name].files} - known
+        files = manifest.files_of(context.id) - known
         found[context.id] = sum(manifest.files.get(file, 0) for file in files)
         known |= files
     return found

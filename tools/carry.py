@@ -125,7 +125,7 @@ def written(contexts: Contexts, name: str, out: Path, say: Say) -> int:
         for number, layer in sorted(record.layers.items()):
             for kind, dim in (("keys", layer.k_dim), ("values", layer.v_dim)):
                 shape = [layer.kv_heads, size, dim]
-                nbytes = layer.kv_heads * size * dim * getattr(torch, layer.dtype).itemsize
+                nbytes = layer.kv_heads * size * dim * layer.shape.geometry.dtype.itemsize
                 tensors[f"{n:06d}.{number:04d}.{kind}"] = (CODES[layer.dtype], shape, nbytes)
     said = {
         "format": FORMAT,

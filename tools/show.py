@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from alaya_tiers.arrays import shape_of, stride_of
+from alaya_tiers.arrays import stride_of
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import StoreCorrupt
 from alaya_tiers.manifest import Manifest, Segment
@@ -110,7 +110,7 @@ def _layers(record: Segment) -> tuple[list[dict[str, Any]], int, int, int]:
         found.append({"layer": number} | {name: getattr(layer, name) for name in names})
         rows = layer.kv_heads * record.tokens.size
         size = stride_of(layer) * layer.kv_heads * layer.where.size
-        item = shape_of(layer).geometry.dtype.itemsize
+        item = layer.shape.geometry.dtype.itemsize
         keys, values, nbytes = keys + rows * layer.k_dim * item, values + rows * layer.v_dim * item, nbytes + size
     return found, keys, values, nbytes
 

@@ -33,7 +33,7 @@ def opened(path: Path) -> Iterator[Contexts]:
 
 def listed(manifest: Manifest) -> list[dict[str, Any]]:
     """The contexts, oldest first. bytes: on disk; shared_bytes: those of them that other contexts have too."""
-    files = {c: {f for name in manifest.chain(c) for f in manifest.segments[name].files} for c in manifest.contexts}
+    files = {context: manifest.files_of(context) for context in manifest.contexts}
     users: dict[str, int] = {}
     for of_context in files.values():
         for name in of_context:
