@@ -17,6 +17,7 @@ from alaya_tiers.config import Settings
 from alaya_tiers.devices.base import Ask, Scanning
 from alaya_tiers.engine import Engine
 from alaya_tiers.index.codes import Layout, Reach, scan
+from tests.test_device import sparse_over_three_tiers
 from tests.test_scan_kernels import Coded
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'alaya-tiers[gpu]'")
@@ -99,26 +100,9 @@ class Counting(cuda.Cuda):
 @pytest.mark.slow
 @pytest.mark.parametrize("codes", [1 << 20, 20 << 10])
 def test_sparse_attention_over_three_tiers(device: cuda.Cuda, codes: int) -> None:
-    on, tokens = Counting(device.place), 8 * 20
-    settings = Settings(
-        mode="sparse", alpha=1e-9, index_sure=0, recent_tokens=16, sink_tokens=8, block_tokens=8, segment_tokens=32,
-        device_budget=13 * HEADS * 4096 + 4096, host_budget=8 * HEADS * 4096, io="buffered",
-        pick_seconds=1e-12, page_seconds=1e-12, scan_rate=1e15, read_rate=1.0, device_rate=1.0,
-        device_index_budget=codes,
-    )  # fmt: skip
-    eng = Engine(settings, device=on)
-    try:
-        session = Session(eng)
-        k, v = torch.randn(1, HEADS, tokens, DIM), torch.randn(1, HEADS, tokens, DIM)
-        session.update(0, k, v)
-        session.build_index()
-        q = 8 * torch.randn(1, HEADS * GROUP, 1, DIM)
-        got = session.attention(0, q, [Visible.all(tokens, 1)], 0.25)
-        want = attend_naive(q.reshape(HEADS, GROUP, DIM), k[0], v[0], 0.25).out
-        torch.testing.assert_close(got.reshape(want.shape), want, rtol=1e-3, atol=1e-4)
-        assert on.scans
-    finally:
-        eng.close()
+    on = Counting(device.place)
+    sparse_over_three_tiers(on, 12, codes, blocks=20)
+    assert on.scans
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from alaya_tiers import AlayaCache, engine
 from alaya_tiers.attention import Partial, attend_naive
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.config import Settings
-from alaya_tiers.devices.base import COMPUTE, DOWN, UP, Ask, Scanning
+from alaya_tiers.devices.base import COMPUTE, DOWN, UP, Ask, Device, Scanning
 from alaya_tiers.devices.order import Order, Wait
 from alaya_tiers.devices.simulated import Race, Simulated
 from alaya_tiers.engine import Engine
@@ -115,29 +115,25 @@ def test_a_wait_that_is_left_out_is_found(stream: int, seed: int) -> None:
         over_three_tiers(Deaf(seed, stream), 5, 1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", SEEDS)
-@pytest.mark.parametrize(("device_runs", "codes"), [(2, 0), (12, 1 << 20), (40, 20 << 10)])
-def test_sparse_attention_over_three_tiers(seed: int, device_runs: int, codes: int) -> None:
+def sparse_over_three_tiers(device: Device, device_runs: int, codes: int, *, blocks: int = 24, steps: int = 1) -> None:
     """Everything within reach is found and attended wherever it is: with alpha near 0 the output is the exact one.
 
-    codes: bytes of them that the device may hold: none, all, some.
+    codes: bytes of them that the device may hold.
     """
-    device, tokens = Scanner(seed), 8 * 24
     settings = Settings(
         mode="sparse", alpha=1e-9, index_sure=0, recent_tokens=16, sink_tokens=8, block_tokens=8, segment_tokens=32,
         device_budget=(1 + device_runs) * HEADS * 4096 + 4096, host_budget=8 * HEADS * 4096, io="buffered",
         pick_seconds=1e-12, page_seconds=1e-12, scan_rate=1e15, read_rate=1.0, device_rate=1.0,
         device_index_budget=codes,
     )  # fmt: skip
-    eng = Engine(settings, device=device)
+    eng, tokens = Engine(settings, device=device), 8 * blocks
     try:
         session = Session(eng)
         k, v = torch.randn(1, HEADS, tokens, DIM), torch.randn(1, HEADS, tokens, DIM)
         session.update(0, k, v)
         session.build_index()
         assert 0 <= eng.used_bytes("device_index") <= codes
-        for _ in range(3):
+        for _ in range(steps):
             q = 8 * torch.randn(1, HEADS * GROUP, 1, DIM)
             got = session.attention(0, q, [Visible.all(tokens, 1)], 0.25)
             want = attend_naive(q.reshape(HEADS, GROUP, DIM), k[0], v[0], 0.25).out
@@ -145,11 +141,20 @@ def test_sparse_attention_over_three_tiers(seed: int, device_runs: int, codes: i
         use = session.stats().sparse
         assert use is not None
         assert use.steps > use.exact
-        assert (device.blocks == 0) == (codes == 0)
-        assert device.lists > 0 or device_runs < 40, "tokens are attended where they lie"
-        assert (device.blocks == 3 * 21) == (codes == 1 << 20), "beside the window"
     finally:
         eng.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize(("device_runs", "codes"), [(2, 0), (12, 1 << 20), (40, 20 << 10)])
+def test_sparse_attention_over_three_tiers(seed: int, device_runs: int, codes: int) -> None:
+    """The device holds none of the codes, all, some."""
+    device = Scanner(seed)
+    sparse_over_three_tiers(device, device_runs, codes, steps=3)
+    assert (device.blocks == 0) == (codes == 0)
+    assert device.lists > 0 or device_runs < 40, "tokens are attended where they lie"
+    assert (device.blocks == 3 * 21) == (codes == 1 << 20), "beside the window"
     assert not device.races
 
 

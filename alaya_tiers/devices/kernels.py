@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alaya_tiers.attention import Partial
+from alaya_tiers.attention import Partial, capped
 
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MOST_ROWS = 64
@@ -127,8 +127,7 @@ def write_rows(k: Tensor, v: Tensor, addresses: Tensor) -> None:
 
 def scores(q: Tensor, k: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Scaled and capped scores, float32 [heads, rows, n]: in torch, for what the kernels do not take."""
-    found = (q.float() @ k.float().mT) * scale
-    return found if softcap is None else softcap * torch.tanh(found / softcap)
+    return capped((q.float() @ k.float().mT) * scale, softcap)
 
 
 class _Parts(NamedTuple):

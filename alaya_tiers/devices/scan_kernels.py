@@ -225,6 +225,32 @@ def _whole(q8, head, part, rows, PARTS: tl.constexpr, DIMS: tl.constexpr, D: tl.
 
 
 @triton.jit
+def _queries(
+    q8, sums_at, numbers, head, margin, rows, plane,
+    PARTS: tl.constexpr, DIMS: tl.constexpr, D: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """A head's queries: both parts, their sums, unit, norm times the margin, and what their rounding costs."""
+    r = tl.arange(0, R)
+    row, real = head * rows + r, r < rows
+    high = _whole(q8, head, 0, rows, PARTS, DIMS, D, R)
+    low = high
+    if PARTS == 2:
+        low = _whole(q8, head, 1, rows, PARTS, DIMS, D, R)
+    sums = tl.load(sums_at + row, mask=real, other=0)
+    unit = tl.load(numbers + row, mask=real, other=0.0)
+    norm = tl.load(numbers + plane + row, mask=real, other=0.0) * margin
+    return high, low, sums, unit, norm, tl.load(numbers + 2 * plane + row, mask=real, other=0.0)
+
+
+@triton.jit
+def _header(block):
+    """Of coded blocks: ratio, slack, norm of the codes; least scale, its step; units of the mean key and value."""
+    at = block.to(tl.pointer_type(tl.float32))
+    ratio, slack, code_norm = tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    return ratio, slack, code_norm, tl.load(at + 3), tl.load(at + 4), tl.load(at + 5), tl.load(at + 6)
+
+
+@triton.jit
 def _scores(codes, high, low, sums, unit, scales, offset, PARTS: tl.constexpr, BITS: tl.constexpr):
     """Unscaled scores [LANES, R]. scales: [LANES]; offset: [R] or [LANES, R], what the mean key scores."""
     dots = tl.dot(codes, high)
@@ -249,14 +275,7 @@ def _begin(
     row = head * rows + r
     real = r < rows
     q = tl.load(q_at + row[:, None] * DIMS + d[None, :], mask=real[:, None] & (d[None, :] < DIMS), other=0.0)
-    high = _whole(q8, head, 0, rows, PARTS, DIMS, D, R)
-    low = high
-    if PARTS == 2:
-        low = _whole(q8, head, 1, rows, PARTS, DIMS, D, R)
-    sums = tl.load(sums_at + row, mask=real, other=0)
-    unit = tl.load(numbers + row, mask=real, other=0.0)
-    norm = tl.load(numbers + plane + row, mask=real, other=0.0) * margin
-    lost = tl.load(numbers + 2 * plane + row, mask=real, other=0.0)
+    high, low, sums, unit, norm, lost = _queries(q8, sums_at, numbers, head, margin, rows, plane, PARTS, DIMS, D, R)
     bar = tl.load(start_at + row, mask=real, other=float("-inf"))
     reach = tl.load(reach_at + head)
     best, token = tl.full((R,), float("-inf"), tl.float32), tl.full((R,), -1, tl.int32)
@@ -266,9 +285,8 @@ def _begin(
     found = 0
     for b in range(split * per, tl.minimum(split * per + per, n)):
         block = tl.load(blocks + head * n + b)
-        floats, bytes8 = block.to(tl.pointer_type(tl.float32)), block.to(tl.pointer_type(tl.int8))
-        ratio, slack, code_norm = tl.load(floats), tl.load(floats + 1), tl.load(floats + 2)
-        least, step, k_unit, v_unit = tl.load(floats + 3), tl.load(floats + 4), tl.load(floats + 5), tl.load(floats + 6)
+        bytes8 = block.to(tl.pointer_type(tl.int8))
+        ratio, slack, code_norm, least, step, k_unit, v_unit = _header(block)
         mean_k = tl.load(bytes8 + 4 * HEAD + d, mask=d < DIMS, other=0).to(tl.float32)
         offset = tl.sum(q * mean_k[None, :], 1) * k_unit
         tl.store(offsets_at + (head * n + b) * rows + r, offset, mask=real)
@@ -329,14 +347,7 @@ def _finish(
     r, dv, lane, s = tl.arange(0, R), tl.arange(0, V), tl.arange(0, LANES), tl.arange(0, SPLITS)
     row, part = head * rows + r, head * tl.num_programs(1) + split
     real = r < rows
-    high = _whole(q8, head, 0, rows, PARTS, DIMS, D, R)
-    low = high
-    if PARTS == 2:
-        low = _whole(q8, head, 1, rows, PARTS, DIMS, D, R)
-    sums = tl.load(sums_at + row, mask=real, other=0)
-    unit = tl.load(numbers + row, mask=real, other=0.0)
-    norm = tl.load(numbers + plane + row, mask=real, other=0.0) * margin
-    lost = tl.load(numbers + 2 * plane + row, mask=real, other=0.0)
+    high, low, sums, unit, norm, lost = _queries(q8, sums_at, numbers, head, margin, rows, plane, PARTS, DIMS, D, R)
     bars = bar_at + (head * splits + s[:, None]) * rows + r[None, :]
     top = tl.max(tl.load(bars, mask=(s[:, None] < splits) & real[None, :], other=float("-inf")), 0)
     top = tl.maximum(top, tl.load(start_at + row, mask=real, other=float("-inf")))
@@ -354,9 +365,8 @@ def _finish(
         name = tl.load(hits + i + lane, mask=here, other=split * per * TOKENS)
         b, t = name // TOKENS, name % TOKENS
         block = tl.load(blocks + head * n + b)
-        floats, bytes8 = block.to(tl.pointer_type(tl.float32)), block.to(tl.pointer_type(tl.int8))
-        ratio, slack, code_norm = tl.load(floats), tl.load(floats + 1), tl.load(floats + 2)
-        least, step, v_unit = tl.load(floats + 3), tl.load(floats + 4), tl.load(floats + 6)
+        bytes8 = block.to(tl.pointer_type(tl.int8))
+        ratio, slack, code_norm, least, step, _, v_unit = _header(block)
         levels = (block + 4 * HEAD + DIMS + V_DIM + t // LANES * 32 + t % 32).to(tl.pointer_type(tl.uint8))
         level = (tl.load(levels).to(tl.int32) >> (t % LANES // 32 * 4)) & 15
         scales = least + step * level.to(tl.float32)
