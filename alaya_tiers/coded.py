@@ -15,20 +15,22 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from alaya_tiers.digest import pieces_at
 from alaya_tiers.index.codes import Layout
-from alaya_tiers.seams import Disk, read_up_to
+from alaya_tiers.seams import Disk, memory, read_into, read_up_to
 
 MAGIC, FAMILY = b"alaya-index-2", b"alaya-index-"
 MOST_HEADER = 64 << 20
-TOGETHER = 1 << 20
-"""Bytes of codes read at a time."""
+TOGETHER = 8 << 20
+"""Bytes of codes read at a time: all of a layer of a segment, unless its heads are many."""
 
 _FIRST_LINE = 128
 _MOST_RUN = 1 << 30
 """Bytes of the codes of one run; a header that speaks of more is not believed."""
 
 
-Rows = npt.NDArray[np.uint8]
+Addresses = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,21 +93,23 @@ def run_of(disk: Disk, handle: int, codes: LayerCodes, run: int) -> bytearray | 
     return buffer if xxhash.xxh3_64_intdigest(buffer) == codes.digests[run] else None
 
 
-def runs_of(disk: Disk, handle: int, codes: LayerCodes, runs: list[int]) -> Iterator[tuple[list[int], Rows]]:
-    """The same of several runs, ascending: neighbours are read together. What cannot be believed is left out.
+def runs_into(disk: Disk, handle: int, codes: LayerCodes, runs: list[int], addresses: Addresses) -> Mask:
+    """Read runs, ascending, to where the codes of each head shall lie; which of them are what was written, bool [n].
 
-    Yields runs and their codes, uint8 [n, bytes of a run].
+    addresses: int64 [n, kv_heads]. Neighbours are read together. What cannot be read is not what was written.
     """
+    good, nbytes, at = np.zeros(len(runs), bool), codes.layout.nbytes, 0
     for group in _neighbours(runs, max(1, TOGETHER // codes.nbytes)):
+        places = addresses[at : at + len(group)]
         try:
-            found = read_up_to(disk, handle, codes.offset + group[0] * codes.nbytes, len(group) * codes.nbytes)
+            got = read_into(disk, handle, _stretches(places.ravel(), nbytes), codes.offset + group[0] * codes.nbytes)
         except OSError:
-            continue
-        here = group[: len(found) // codes.nbytes]
-        rows = np.frombuffer(found, np.uint8, len(here) * codes.nbytes).reshape(len(here), codes.nbytes)
-        fine = [xxhash.xxh3_64_intdigest(row.data) == codes.digests[run] for run, row in zip(here, rows, strict=True)]
-        if any(fine):
-            yield [run for run, good in zip(here, fine, strict=True) if good], rows if all(fine) else rows[fine]
+            got = 0
+        here = slice(at, at + got // codes.nbytes)
+        written = np.array([codes.digests[run] for run in group[: got // codes.nbytes]], np.uint64)
+        good[here] = pieces_at(addresses[here], nbytes) == written
+        at += len(group)
+    return good
 
 
 def problem_of(disk: Disk, path: str, record: str) -> str | None:
@@ -146,6 +150,13 @@ def _neighbours(runs: list[int], most: int) -> Iterator[list[int]]:
         yield group
 
 
+def _stretches(addresses: Addresses, nbytes: int) -> list[memoryview]:
+    """Memory at these addresses, ``nbytes`` at each; what lies side by side as one."""
+    begins = np.flatnonzero(np.diff(addresses, prepend=addresses[0] - nbytes - 1) != nbytes)
+    sizes = np.diff(begins, append=addresses.size) * nbytes
+    return [memory(at, size) for at, size in zip(addresses[begins].tolist(), sizes.tolist(), strict=True)]
+
+
 def _data_at(header: int) -> int:
     return -(-(_FIRST_LINE + header) // 4096) * 4096
 
@@ -153,6 +164,8 @@ def _data_at(header: int) -> int:
 def _layer(data: Any, data_at: int) -> LayerCodes:
     layout = Layout(**{name: int(value) for name, value in data["layout"].items()})
     digests = tuple(int(digest) for digest in data["digests"])
+    if digests and not 0 <= min(digests) <= max(digests) < 1 << 64:
+        raise ValueError("digests that cannot be")
     numbers = (*asdict(layout).values(), int(data["kv_heads"]))
     if min(numbers) < 1 or max(numbers) > 1 << 24 or not 0 <= int(data["offset"]) < 1 << 60:
         raise ValueError("sizes that cannot be")

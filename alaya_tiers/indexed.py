@@ -8,15 +8,15 @@ read; one that differs is made again from its block.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-import torch
 import xxhash
 from torch import Tensor
 
-from alaya_tiers.coded import LayerCodes, encoded, header_of, runs_of
+from alaya_tiers.coded import LayerCodes, encoded, header_of, runs_into
+from alaya_tiers.index.codes import Layout
 from alaya_tiers.partitions import Partitions, Source
 from alaya_tiers.seams import Disk, write_new
 
@@ -35,16 +35,19 @@ class IndexFile(Source):
         codes = self.layers[layer]
         self._disk.expect(self._path, codes.offset, len(codes.digests) * codes.nbytes)
 
-    def load(self, layer: int, runs: list[int]) -> Iterator[tuple[list[int], Tensor]]:
+    def fits(self, layer: int, heads: int, layout: Layout) -> bool:
         """See Source."""
         codes = self.layers[layer]
+        return codes.kv_heads == heads and codes.layout == layout
+
+    def load(self, layer: int, runs: list[int], addresses: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """See Source."""
         try:
             handle = self._disk.open(self._path, create=False, direct=False)
         except OSError:
-            return
+            return np.zeros(len(runs), bool)
         try:
-            for some, found in runs_of(self._disk, handle, codes, runs):
-                yield some, torch.from_numpy(found).view(len(some), codes.kv_heads, -1)
+            return runs_into(self._disk, handle, self.layers[layer], runs, addresses)
         finally:
             self._disk.close(handle)
 
@@ -103,5 +106,5 @@ def promise(index: IndexFile, blocks: Mapping[int, Runs], heads: Mapping[int, in
         codes = index.layers.get(number)
         fits = codes is not None and codes.layout == partitions.layout_of(number) and codes.kv_heads == heads[number]
         if codes is not None and fits and len(codes.digests) == first.size:
-            known = [(int(block), run) for run, block in enumerate(first) if codes.digests[run]]
-            partitions.promise(known, index, number)
+            runs = np.flatnonzero(np.array(codes.digests, np.uint64))
+            partitions.promise(first[runs], runs, index, number)

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -26,8 +26,9 @@ from alaya_tiers.devices.cpu import plain_slab
 from alaya_tiers.index.codes import MOST_DIMS, Layout, Scratch, encode
 from alaya_tiers.ledger import NOWHERE, UNCODABLE, Ids
 from alaya_tiers.mover import Mover
+from alaya_tiers.promises import Promise, Promises
 from alaya_tiers.tiers.arena import Arena
-from alaya_tiers.tiers.base import Accountant
+from alaya_tiers.tiers.base import Accountant, Slots
 from alaya_tiers.tiers.mirror import Mirror, Mirrored
 
 SLAB_BYTES = 4 << 20
@@ -50,10 +51,14 @@ class Source(Protocol):
         """The codes of a layer will be loaded soon: have them come meanwhile."""
         ...
 
-    def load(self, layer: int, runs: list[int]) -> Iterator[tuple[list[int], Tensor]]:
-        """The codes of some runs of a layer: which, ascending, and uint8 [n, kv_heads, bytes].
+    def fits(self, layer: int, heads: int, layout: Layout) -> bool:
+        """Whether it has codes of a layer as they would be made."""
+        ...
 
-        Those that cannot be believed are left out.
+    def load(self, layer: int, runs: list[int], addresses: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Put codes of runs of a layer, ascending, to ``addresses`` [n, kv_heads]; which can be believed, bool [n].
+
+        At the addresses of the others lies anything.
         """
         ...
 
@@ -90,9 +95,9 @@ class Partitions:
         """Time it took to make codes."""
         self._local = threading.local()
         self._latent = set[int]()  # layers whose queries are compared with whole rows
-        self._stored: dict[int, tuple[Source, int, int]] = {}  # first id of a run -> where its codes are: layer, run
-        self._promised: dict[int, list[tuple[Source, list[int]]]] = {}  # of each layer: what to load, first ids of runs
-        self._loading: set[tuple[Source, int]] = set()
+        self._promises = Promises[Source]()
+        self._to_load: dict[int, list[tuple[Promise[Source], Ids]]] = {}  # of each layer: promises, first ids of runs
+        self._loading: set[Promise[Source]] = set()
 
     @property
     def full(self) -> bool:
@@ -128,28 +133,24 @@ class Partitions:
             if not self._arena.used:  # its slots may be too small now
                 self._drop()
 
-    def promise(self, runs: Iterable[tuple[int, int]], source: Source, layer: int) -> None:
-        """Codes of runs (first block id, number in the source) need not be made: they are loaded.
+    def promise(self, first: Ids, runs: npt.NDArray[np.integer], source: Source, layer: int) -> None:
+        """Codes of runs (first block ids, numbers in the source) need not be made: they are loaded.
 
         When there is time, layer by layer, or when they are asked for.
         """
-        known = dict(runs)
+        promise = Promise(source, layer)
         with self._mover.lock:
-            self._stored.update({block: (source, layer, run) for block, run in known.items()})
+            self._promises.add(promise, first, runs)
         with self._ready:
-            self._promised.setdefault(layer, []).append((source, list(known)))
+            self._to_load.setdefault(layer, []).append((promise, first))
             if self._loader is None and not self._closing:
                 self._loader = threading.Thread(target=self._load_promised, name="alaya-codes", daemon=True)
                 self._loader.start()
 
-    def forget(self, first: npt.NDArray[np.int64]) -> None:
+    def forget(self, first: Ids) -> None:
         """What was promised of these runs does not hold any more."""
         with self._mover.lock:
-            self._forget(first)
-
-    def _forget(self, first: Iterable[int]) -> None:
-        for block in first:
-            self._stored.pop(int(block), None)
+            self._promises.forget(first)
 
     def export(self, ids: Ids) -> Tensor | None:
         """A copy of the codes of one run, uint8 [kv_heads, bytes]; None where it has none."""
@@ -183,7 +184,7 @@ class Partitions:
             return
         with self._mover.lock:
             here = missing[self._mover.ledger.readable(ids[:, missing]).all(0)]
-            here = here[[int(first) not in self._stored for first in ids[0, here]]] if self._stored else here
+            here = here[~self._promises.holds(ids[0, here])]
         for column in here[:MOST_WANTED].tolist():
             self.offer(ids[:, column])
 
@@ -254,7 +255,7 @@ class Partitions:
 
     def of(self, ids: Ids) -> Known:
         """Of blocks ``ids`` [heads, n]. Columns whose codes were kept are loaded."""
-        self._load(ids, self._missing(ids))
+        self._load(ids[0, self._missing(ids)], ids.shape[0])
         with self._mover.lock:
             code = self._mover.ledger.code[ids]
             coded: npt.NDArray[np.bool_] = np.asarray((code >= 0).all(0))
@@ -271,69 +272,78 @@ class Partitions:
         with self._mover.lock:
             return np.flatnonzero((self._mover.ledger.code[ids] == NOWHERE).all(0))
 
-    def _load(self, ids: Ids, columns: npt.NDArray[np.intp]) -> None:
-        """Put codes that were kept where codes are, as far as there is room. columns: of ``ids`` that have none."""
-        wanted: dict[tuple[Source, int], list[int]] = {}
+    def _load(self, first: Ids, heads: int) -> None:
+        """Put codes that were kept of these runs where codes are, as far as there is room."""
         with self._mover.lock:
-            for block in ids[0, columns].tolist() if self._stored else ():
-                if (known := self._stored.get(block)) is not None:
-                    wanted.setdefault(known[:2], []).append(block)
-        for (source, layer), first in wanted.items():
-            if not self._fetch(source, layer, first, ids.shape[0]):
+            wanted = self._promises.of(first)
+        for promise, some, _ in wanted:
+            if not self._fetch(promise, some, heads):
                 return
 
-    def _fetch(self, source: Source, layer: int, first: list[int], heads: int) -> bool:
+    def _fetch(self, promise: Promise[Source], first: Ids, heads: int) -> bool:
         """Load what was promised of runs that begin with these blocks; whether there was room. None twice."""
         with self._ready:
-            self._ready.wait_for(lambda: (source, layer) not in self._loading)
-            self._loading.add((source, layer))
+            self._ready.wait_for(lambda: promise not in self._loading)
+            self._loading.add(promise)
         try:
-            with self._mover.lock:
-                runs = {known[2]: block for block in first if (known := self._promise_of(block, source, layer))}
-            for some, coded in source.load(layer, sorted(runs)) if runs else ():
-                with self._mover.lock:
-                    here = [bool(self._promise_of(runs[run], source, layer)) for run in some]
-                    blocks = np.array([runs[run] for run in some], np.int64)[here]
-                    of_these = coded if all(here) else coded[torch.tensor(here)]
-                    if blocks.size and not self._put(blocks[:, None] + np.arange(heads), of_these):
-                        return False
-                    self._forget(blocks)
-            with self._mover.lock:  # what could not be believed is made again
-                self._forget([block for block in runs.values() if self._promise_of(block, source, layer)])
-            return True
+            return self._bring(promise, first, heads)
         finally:
             with self._ready:
-                self._loading.discard((source, layer))
+                self._loading.discard(promise)
                 self._ready.notify_all()
 
-    def _promise_of(self, block: int, source: Source, layer: int) -> tuple[Source, int, int] | None:
-        """What was promised of a run, if its codes are in this source. The lock is held."""
-        known = self._stored.get(block)
-        return known if known is not None and known[:2] == (source, layer) else None
+    def _bring(self, promise: Promise[Source], first: Ids, heads: int) -> bool:
+        """Load right into the arena what still is promised of these runs; whether there was room for all.
 
-    def _put(self, ids: Ids, coded: Tensor) -> bool:
-        """Keep codes of runs that have none. False when there is no room for all. The lock is held.
-
-        ids: [n, kv_heads]; coded: uint8 [n, kv_heads, bytes].
+        The lock is not held while they are read: these slots are nobody's until the book says what is in them.
         """
-        layout = self.layout_of(int(self._mover.ledger.layer[ids[0, 0]]))
-        fits = coded.shape == (*ids.shape, layout.nbytes) and (
-            self._arena is None or layout.nbytes <= self._arena.slot_bytes
-        )
-        new = (self._mover.ledger.code[ids] == NOWHERE).all(1)
-        if not fits or not new.any():
-            return True
-        if not new.all():
-            ids, coded = ids[new], coded[torch.from_numpy(new)]
-        if (slots := self._room(layout, ids.size)) is None:
-            return len(ids) > 1 and all(
-                self._put(one[None], of_one[None]) for one, of_one in zip(ids, coded, strict=True)
-            )
-        self._fill(slots, coded.reshape(ids.size, -1), layout)
-        self._mover.ledger.coded(ids.ravel(), slots)
-        return True
+        source, layer = promise
+        with self._mover.lock:
+            found = self._promises.of(first[self._promises.holds(first, promise)])
+            if not found:
+                return True
+            [(_, first, runs)] = found
+            layout = self.layout_of(layer)
+            if not source.fits(layer, heads, layout) or (self._arena and layout.nbytes > self._arena.slot_bytes):
+                self._promises.forget(first)
+                return True
+            slots = self._slots(layout, len(first), heads)
+            if not len(slots) or (arena := self._arena) is None:
+                return False
+            held, addresses = arena.hold(), arena.addresses(slots)
+        tried, good = first[: len(slots)], np.zeros(len(slots), bool)
+        try:
+            good = source.load(layer, runs[: len(slots)].tolist(), addresses)
+        finally:
+            with self._mover.lock:
+                if self._arena is arena:
+                    known = self._promises.holds(tried, promise)
+                    self._loaded(tried[:, None] + np.arange(heads), slots, good & known, layout)
+                    self._promises.forget(tried[known])
+            del held
+        return len(slots) == len(first)
 
-    def _fill(self, slots: npt.NDArray[np.int32], coded: Tensor, layout: Layout) -> None:
+    def _loaded(self, ids: Ids, slots: Slots, good: npt.NDArray[np.bool_], layout: Layout) -> None:
+        """Codes of runs ``ids`` [n, kv_heads] were read into ``slots``: those that are good count. The lock is held."""
+        assert self._arena is not None
+        book = self._mover.ledger
+        same = layout == self.layout_of(int(book.layer[ids[0, 0]]))
+        good = good & same & (book.code[ids] == NOWHERE).all(1)
+        self._arena.give(slots[~good].ravel())
+        book.coded(ids[good].ravel(), slots[good].ravel())
+        if self._mirror is not None and good.any():
+            rows = [self._arena.tensor(slot)[: layout.nbytes] for slot in slots[good].ravel().tolist()]
+            self._mirror.put(slots[good].ravel(), torch.stack(rows))
+
+    def _slots(self, layout: Layout, runs: int, heads: int) -> Slots:
+        """Slots [n, heads] for as many runs as there is room for. The lock is held."""
+        found = self._room(layout, runs * heads)
+        if found is None and self._arena is not None and not self._closing:
+            found = self._room(layout, self._arena.free // heads * heads)
+            self._wanted = heads
+        return np.empty((0, heads), np.int32) if found is None else found.reshape(-1, heads)
+
+    def _fill(self, slots: Slots, coded: Tensor, layout: Layout) -> None:
         assert self._arena is not None
         coded = coded.contiguous()
         source = coded.data_ptr() + np.arange(len(slots)) * layout.nbytes
@@ -361,7 +371,7 @@ class Partitions:
                 memory.close()
         self._arena = self._mover.codes = self._mirror = None
 
-    def _room(self, layout: Layout, n: int) -> npt.NDArray[np.int32] | None:
+    def _room(self, layout: Layout, n: int) -> Slots | None:
         """Slots for codes; None when the budget is used up."""
         if self._closing:
             return None
@@ -411,19 +421,19 @@ class Partitions:
         """
         while True:
             with self._ready:
-                if self._closing or not self._promised:
+                if self._closing or not self._to_load:
                     self._loader = None
                     self._ready.notify_all()
                     return
-                layer = min(self._promised)
-                source, first = self._promised[layer].pop()
-                following = self._promised[layer][-1][0] if self._promised[layer] else None
+                layer = min(self._to_load)
+                promise, first = self._to_load[layer].pop()
+                following = self._to_load[layer][-1][0].source if self._to_load[layer] else None
                 if following is None:
-                    del self._promised[layer]
+                    del self._to_load[layer]
             try:
                 if following is not None:
                     following.expect(layer)
                 if (shape := self._mover.shapes.get(layer)) is not None and not self.full:
-                    self._fetch(source, layer, first, shape.geometry.kv_heads)
+                    self._fetch(promise, first, shape.geometry.kv_heads)
             except Exception as error:  # nothing depends on it
                 self.failure = error

@@ -32,6 +32,10 @@ Rng = random.Random
 """Chance: always an instance made from a seed, never the module's global one."""
 
 
+MOST_BUFFERS = 1024
+"""Of one read: the kernel's own limit."""
+
+
 class Clock(Protocol):
     """Time."""
 
@@ -153,6 +157,18 @@ def read_up_to(disk: Disk, handle: int, offset: int, n: int) -> bytearray:
             return piece
         found += memoryview(piece)[:got]
     return found
+
+
+def read_into(disk: Disk, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
+    """Fill ``buffers``, one after the other; how many bytes, fewer at the end of the file. Raises OSError."""
+    left, done = list(buffers), 0
+    while left and (got := disk.read(handle, left[:MOST_BUFFERS], offset + done)) > 0:
+        done += got
+        while left and got >= len(left[0]):
+            got -= len(left.pop(0))
+        if got:
+            left[0] = left[0][got:]
+    return done
 
 
 def write_all(disk: Disk, handle: int, data: bytes | bytearray, offset: int) -> None:
