@@ -21,7 +21,7 @@ from alaya_tiers.ledger import Ids
 from alaya_tiers.mover import Mover, Policies
 from alaya_tiers.policies import EVICTION, PREFETCH, EvictionView, Watermark, Window, by_name
 from alaya_tiers.seams import memory
-from alaya_tiers.testing import SimDisk, SimExecutor, VirtualLoop
+from alaya_tiers.testing_world import SimDisk, SimExecutor, VirtualLoop
 from alaya_tiers.tiers.base import Accountant, Slots
 from alaya_tiers.tiers.device import DeviceTier
 from alaya_tiers.tiers.host import HostTier

@@ -40,7 +40,7 @@ from alaya_tiers.errors import (
     StoreMismatch,
     StoreUnwritable,
 )
-from alaya_tiers.testing import Fault
+from alaya_tiers.testing_world import Fault
 from tests.simulation import Player, Sim, cancelled_at
 
 # ---------------------------------------------------------------------- simulated: the n-th operation fails

@@ -11,8 +11,9 @@ import pytest
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import ConfigError, TraceError
 from alaya_tiers.tools import load, loadsteps
+from alaya_tiers.tools.events import Read, Skip, Skipped
 from alaya_tiers.tools.profile import TYPICAL
-from alaya_tiers.tools.recorded import Read, Skip, Skipped, open_recording
+from alaya_tiers.tools.recorded import open_recording
 from alaya_tiers.tools.repeat import repeated
 from alaya_tiers.tools.replay import Replay
 from alaya_tiers.tools.shapes import NAMED, Shape

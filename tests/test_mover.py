@@ -11,7 +11,8 @@ import pytest
 from alaya_tiers.blocks import PAGE
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, IOFailed
 from alaya_tiers.policies import EvictionPolicy, Lru, Scan, Window
-from alaya_tiers.testing import EvictionPolicyTests, Fault, MemoryTierTests
+from alaya_tiers.testing import EvictionPolicyTests, MemoryTierTests
+from alaya_tiers.testing_world import Fault
 from alaya_tiers.tiers.base import Accountant, MemoryTier
 from alaya_tiers.tiers.device import DeviceTier
 from alaya_tiers.tiers.host import HostTier

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from alaya_tiers.errors import BudgetTooSmall
-from alaya_tiers.testing import Fault
+from alaya_tiers.testing_world import Fault
 from tests.simulation import Player, Sim
 
 FLOOR = (12, 4)

@@ -16,7 +16,7 @@ from alaya_tiers.cache import Session, Visible
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError, TraceError
 from alaya_tiers.tools import recorded
-from alaya_tiers.tools.recorded import Asked, Built, Cut, Event, Fork, Mark, Own, Put, Read
+from alaya_tiers.tools.events import Asked, Built, Cut, Event, Fork, Mark, Own, Put, Read
 from tests.test_cli import call
 from tests.tiny import tiny
 

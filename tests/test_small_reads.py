@@ -14,7 +14,7 @@ from alaya_tiers import coded, seams
 from alaya_tiers.errors import IOFailed, StoreCorrupt
 from alaya_tiers.index.codes import Layout
 from alaya_tiers.seams import SystemDisk, read_into
-from alaya_tiers.testing import Fault, SimDisk
+from alaya_tiers.testing_world import Fault, SimDisk
 from tests.test_ssd import HEADS, RUNS, Stored, disk
 
 __all__ = ["disk"]  # the fixture

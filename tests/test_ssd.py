@@ -14,7 +14,7 @@ from alaya_tiers import digest
 from alaya_tiers.blocks import PAGE, BlockShape, Geometry, round_up
 from alaya_tiers.errors import StoreCorrupt, StoreError
 from alaya_tiers.seams import SystemDisk
-from alaya_tiers.testing import Fault, SimDisk
+from alaya_tiers.testing_world import Fault, SimDisk
 from alaya_tiers.tiers.base import Accountant
 from alaya_tiers.tiers.ssd import SsdTier
 

@@ -13,7 +13,7 @@ from alaya_tiers import DB, AlayaCache
 from alaya_tiers.errors import ConfigError, OutOfSpace, WriteBudgetSpent
 from alaya_tiers.manifest import Context, Entry, Manifest
 from alaya_tiers.policies import REUSE, ReuseView, by_name
-from alaya_tiers.testing import SimDisk, SimFile
+from alaya_tiers.testing_world import SimDisk, SimFile
 from alaya_tiers.wear import Day, Wear, counted, written_for
 from tests.tiny import BLOCK, SMALL, prompt, small_cache, tiny
 

@@ -24,9 +24,9 @@ from alaya_tiers.mover import Mover
 from alaya_tiers.pages import Pages, Taken
 from alaya_tiers.picks import view_of
 from alaya_tiers.policies import EVICTION, GUESS, by_name
+from alaya_tiers.tools.events import Found, Positions, Read
 from alaya_tiers.tools.phases import Part, Phase
 from alaya_tiers.tools.profile import Profile
-from alaya_tiers.tools.recorded import Found, Positions, Read
 from alaya_tiers.tools.shapes import Shape
 from alaya_tiers.tools.virtual import VirtualLoop
 

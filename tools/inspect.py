@@ -14,10 +14,11 @@ from rich.console import Console
 
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import profile, recorded, reporting
+from alaya_tiers.tools import profile, reporting
+from alaya_tiers.tools.events import Own, Read
 from alaya_tiers.tools.phases import Part
 from alaya_tiers.tools.profile import Profile
-from alaya_tiers.tools.recorded import Read, Recording, open_recording
+from alaya_tiers.tools.recorded import Recording, open_recording
 from alaya_tiers.tools.replay import Replay
 from alaya_tiers.tools.reporting import need_matplotlib, out_file
 
@@ -76,7 +77,7 @@ def look(recording: Recording) -> Seen:
     width = -(-seen.tokens // BINS)
     for event in recording.events():
         match event:
-            case recorded.Own():
+            case Own():
                 layer_of[event.x] = event.layer
             case Read():
                 layer = layer_of[event.x]

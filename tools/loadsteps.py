@@ -10,22 +10,9 @@ import torch
 from alaya_tiers.blocks import Geometry
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import ConfigError
+from alaya_tiers.tools.events import Built, Event, Found, Layer, Look, Mark, Own, Positions, Put, Read, Skip, Skipped
 from alaya_tiers.tools.load import Load, Steps
-from alaya_tiers.tools.recorded import (
-    Built,
-    Event,
-    Found,
-    Layer,
-    Look,
-    Mark,
-    Own,
-    Positions,
-    Put,
-    Read,
-    Recording,
-    Skip,
-    Skipped,
-)
+from alaya_tiers.tools.recorded import Recording
 from alaya_tiers.tools.shapes import Shape
 
 NUMBERS = {2: torch.bfloat16, 4: torch.float32}

@@ -8,141 +8,37 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from alaya_tiers.blocks import Geometry
 from alaya_tiers.config import Settings
 from alaya_tiers.errors import TraceError
 from alaya_tiers.recorder import VERSION
+from alaya_tiers.tools.events import (
+    Asked,
+    Built,
+    Cut,
+    Event,
+    Fork,
+    Found,
+    Layer,
+    Look,
+    Mark,
+    Own,
+    Positions,
+    Put,
+    Read,
+    Skip,
+    Skipped,
+)
 from alaya_tiers.tools.shapes import Shape, from_config
 from alaya_tiers.tools.traces import loads
 
-Positions = npt.NDArray[np.int64]
-
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-
-class Layer(NamedTuple):
-    """A layer's shape becomes known."""
-
-    number: int
-    geometry: Geometry
-
-
-class Own(NamedTuple):
-    """From here on ``x`` is a layer of a session. tokens: it has; stored: of these on ssd only."""
-
-    x: int
-    session: int
-    layer: int
-    tokens: int
-    stored: int
-
-
-class Fork(NamedTuple):
-    """``x`` shares all blocks of ``y``."""
-
-    x: int
-    y: int
-
-
-class Put(NamedTuple):
-    """New tokens in every row."""
-
-    x: int
-    tokens: int
-    rows: int
-    time: float
-
-
-class Cut(NamedTuple):
-    """Only ``tokens`` are left; after the last use, none."""
-
-    x: int
-    tokens: int
-
-
-class Built(NamedTuple):
-    """The layer's index was completed."""
-
-    x: int
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """One scan of some kv heads: positions of the keys that each compared first, and of those it attended to then."""
-
-    heads: tuple[int, ...]
-    best: tuple[Positions, ...]
-    positions: tuple[Positions, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """One sparse step of a row. window, tokens: attended in any case, and all it saw. positions: of the keys that each
-    of ``heads`` found; ``flat``: heads that read everything. mass: share of attention that was not estimated. looks:
-    the scans that led to it; one, of ``heads``, where they were not recorded."""
-
-    x: int
-    queries: int
-    window: int
-    tokens: int
-    heads: tuple[int, ...]
-    flat: tuple[int, ...]
-    positions: tuple[Positions, ...]
-    mass: float
-    looks: tuple[Look, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Read:
-    """Attention of one layer. tokens: it saw; heads: query heads; seconds: it took; found: its sparse steps."""
-
-    x: int
-    queries: int
-    tokens: int
-    heads: int
-    time: float
-    seconds: float
-    found: tuple[Found, ...]
-
-
-class Mark(NamedTuple):
-    """A phase begins."""
-
-    name: str
-    time: float
-
-
-class Asked(NamedTuple):
-    """A prompt of ``tokens`` of which ``reused`` were stored; keys of its prefix blocks."""
-
-    tokens: int
-    reused: int
-    blocks: tuple[int, ...]
-    time: float
-
-
-class Skipped(NamedTuple):
-    """Steps that were asked not to be told. puts: (x, tokens) that they added."""
-
-    steps: int
-    puts: tuple[tuple[int, int], ...]
-
-
-@dataclass(slots=True)
-class Skip:
-    """How many steps of single tokens are to be passed over next, set by whoever reads the events."""
-
-    steps: int = 0
-
-
-Event = Skipped | Layer | Own | Fork | Put | Cut | Built | Read | Mark | Asked
 
 
 @dataclass(frozen=True, slots=True)

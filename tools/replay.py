@@ -18,12 +18,13 @@ from alaya_tiers.errors import BudgetTooSmall, ConfigError
 from alaya_tiers.mover import Mover, Policies
 from alaya_tiers.policies import EVICTION, PREFETCH, Watermark, Window, by_name
 from alaya_tiers.tiers.base import Accountant
-from alaya_tiers.tools import recorded, virtual
+from alaya_tiers.tools import virtual
 from alaya_tiers.tools.attending import Attending, all_ids, nothing
 from alaya_tiers.tools.costs import CODE_SHARE
+from alaya_tiers.tools.events import Built, Cut, Event, Fork, Layer, Mark, Own, Put, Read, Skip, Skipped
 from alaya_tiers.tools.phases import Part, Phase
 from alaya_tiers.tools.profile import Profile
-from alaya_tiers.tools.recorded import Event, Own, Put, Read, Recording
+from alaya_tiers.tools.recorded import Recording
 from alaya_tiers.tools.virtual import VirtualLoop
 
 STRETCH = 8
@@ -48,7 +49,7 @@ class Replay:
         if not 0 < sample <= 1:
             raise ConfigError(f"the share of the steps that are replayed is above 0 and at most 1, got {sample!r}")
         self._period = round(STRETCH / sample) - STRETCH if sample < 1 else 0
-        self._skip, self._stretch, self._warm = recorded.Skip(), 0, 0
+        self._skip, self._stretch, self._warm = Skip(), 0, 0
         self._aside, self._scaled = Phase("warm"), 0
         self._aside_bytes = self._aside_from = 0
         self.recording, self.settings, self.profile, self.probe = recording, settings, profile, probe
@@ -81,27 +82,27 @@ class Replay:
     async def _play(self, events: Iterator[Event]) -> None:
         for event in events:
             match event:
-                case recorded.Layer():
+                case Layer():
                     self.geometries[event.number] = event.geometry
                     self._fit(event.number, event.geometry)
                 case Own():
                     await self._own(event)
-                case recorded.Fork():
+                case Fork():
                     old = self.parts[event.y]
                     self._forks[event.x] = (list(old.first), old.tokens)
                     self.mover.ledger.retain(all_ids(old.first, old.heads).ravel())
                     self.parts[event.x] = Part(-1, old.layer, self._stream(), old.heads, list(old.first), old.tokens)
                 case Put():
                     await self._put(self.parts[event.x], event)
-                case recorded.Cut():
+                case Cut():
                     self._cut(self.parts[event.x], event.tokens)
-                case recorded.Built():
+                case Built():
                     await self._built(self.parts[event.x])
                 case Read():
                     await self._read(self.parts[event.x], event)
-                case recorded.Skipped():
+                case Skipped():
                     await self._pass_over(event)
-                case recorded.Mark():
+                case Mark():
                     self._end_phase(event.name)
         self._end_phase("")
         await self.mover.close()
@@ -273,7 +274,7 @@ class Replay:
         if self._stretch == STRETCH:
             self._stretch, self._skip.steps = 0, self._period
 
-    async def _pass_over(self, skipped: recorded.Skipped) -> None:
+    async def _pass_over(self, skipped: Skipped) -> None:
         """The tokens of steps that are not replayed; the first of those after them only bring the tiers up to date."""
         for x, tokens in skipped.puts:
             await self._append(self.parts[x], tokens)

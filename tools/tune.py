@@ -15,8 +15,9 @@ from rich.table import Table
 from alaya_tiers.config import Settings, format_bytes
 from alaya_tiers.errors import BudgetTooSmall, ConfigError, OutOfSpace
 from alaya_tiers.policies import EVICTION, GUESS, PREFETCH, Watermark, by_name
-from alaya_tiers.tools import profile, recorded, search, toml
+from alaya_tiers.tools import profile, search, toml
 from alaya_tiers.tools.described import described, machine_of
+from alaya_tiers.tools.events import Cut, Fork, Layer, Own, Put
 from alaya_tiers.tools.hardware import Machine
 from alaya_tiers.tools.prices import Prices, prices
 from alaya_tiers.tools.profile import Profile
@@ -191,16 +192,16 @@ def _kv_bytes(recording: Recording) -> int:
     most = 0
     for event in recording.events():
         match event:
-            case recorded.Layer():
+            case Layer():
                 sizes[event.number] = event.geometry.token_bytes
-            case recorded.Fork():
+            case Fork():
                 layer[event.x] = -1
-            case recorded.Own() if event.x not in layer:
+            case Own() if event.x not in layer:
                 layer[event.x], held[event.x] = event.layer, event.tokens
-            case recorded.Put() if event.x in held:
+            case Put() if event.x in held:
                 held[event.x] += event.tokens
                 most = max(most, sum(tokens * sizes[layer[x]] for x, tokens in held.items()))
-            case recorded.Cut() if event.x in held:
+            case Cut() if event.x in held:
                 held[event.x] = min(held[event.x], event.tokens)
             case _:
                 pass
