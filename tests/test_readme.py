@@ -2,14 +2,18 @@
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.core import TyperGroup
+from typer.main import get_command
 
 import alaya_tiers
+from alaya_tiers.tools import cli
 
 
 def python_block(text: str) -> str:
@@ -75,3 +79,27 @@ def test_the_file_tree_tells_the_truth(root: Path) -> None:
         assert list(root.rglob(name)), f"the README names {name}, which does not exist"
     for link in re.findall(r"\]\(([^)h][^)]*)\)", text):
         assert os.path.exists(root / link.partition("#")[0]), f"the README links to {link}, which does not exist"
+
+
+def calls(text: str) -> Iterator[list[str]]:
+    """The words of every call of the command that a page shows, in blocks and in sentences, without its name."""
+    for block, inline in re.findall(r"```(?:sh)?\n(.*?)```|`([^`\n]+)`", text, re.DOTALL):
+        for line in (block or inline).splitlines():
+            found = re.match(r"(?:sh )?(?:[\w.]*/)*(?:alaya-tiers(?![\w\[-])|(?=demo\b))(.*)", line.partition("#")[0])
+            if found:
+                yield found[1].split()
+
+
+def test_every_command_that_is_shown_exists_and_has_the_options(root: Path) -> None:
+    seen = 0
+    for page in (root / "README.md", root / "CONTRIBUTING.md", root / "CHANGELOG.md", *(root / "docs").rglob("*.md")):
+        for words in calls(page.read_text()):
+            command: Any = get_command(cli.app)
+            left, seen = list(words), seen + 1
+            while left and isinstance(command, TyperGroup) and not left[0].startswith("-"):
+                assert left[0] in command.commands, f"{page.name} shows {words}: there is no {left[0]}"
+                command = command.commands[left.pop(0)]
+            options = {"--help", *(o for p in command.params for o in (*p.opts, *p.secondary_opts))}
+            unknown = {word.partition("=")[0] for word in left if word.startswith("-")} - options
+            assert not unknown, f"{page.name} shows {words}: it has no {unknown}"
+    assert seen > 40
