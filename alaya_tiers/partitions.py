@@ -224,7 +224,7 @@ class Partitions:
             if too_wide or (self._arena is not None and layout.nbytes > self._arena.slot_bytes):
                 book.coded(ids, UNCODABLE)
                 return False
-            if (slots := self._room(layout, ids.size)) is None:
+            if (slots := self._room(layout, ids.size, shape.geometry.kv_heads)) is None:
                 return False
             held = mover.hold()
             book.pin(ids)
@@ -337,9 +337,9 @@ class Partitions:
 
     def _slots(self, layout: Layout, runs: int, heads: int) -> Slots:
         """Slots [n, heads] for as many runs as there is room for. The lock is held."""
-        found = self._room(layout, runs * heads)
+        found = self._room(layout, runs * heads, heads)
         if found is None and self._arena is not None and not self._closing:
-            found = self._room(layout, self._arena.free // heads * heads)
+            found = self._room(layout, self._arena.free // heads * heads, heads)
             self._wanted = heads
         return np.empty((0, heads), np.int32) if found is None else found.reshape(-1, heads)
 
@@ -371,15 +371,15 @@ class Partitions:
                 memory.close()
         self._arena = self._mover.codes = self._mirror = None
 
-    def _room(self, layout: Layout, n: int) -> Slots | None:
-        """Slots for codes; None when the budget is used up."""
+    def _room(self, layout: Layout, n: int, heads: int) -> Slots | None:
+        """``n`` slots for codes of blocks of so many heads; None when the budget is used up."""
         if self._closing:
             return None
         if self._arena is None:
             budget = self._settings.index_budget
             budget = psutil.virtual_memory().total if budget is None else budget
             self._arena = self._mover.codes = Arena(
-                "index", budget, layout.nbytes, self._accountant, plain_slab, slab_bytes=SLAB_BYTES
+                "index", budget, layout.nbytes, self._accountant, plain_slab, slab_bytes=SLAB_BYTES, lanes=heads
             )
             near = self._settings.device_index_budget
             if not self._mover.lanes.device.on_cpu and near:

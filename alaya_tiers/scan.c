@@ -29,6 +29,7 @@
 enum { HEAD = 8, RATIO = 0, SLACK, NORM, LOW, STEP, K_UNIT, V_UNIT };
 enum { LANES = 64, GROUP = 4, MAX_ROWS = 128 }; /* tokens coded together; rows at a time */
 enum { PIECE_TOKENS = 1 << 13 }; /* tokens a thread scans at a time */
+enum { MEANS_AHEAD = 8 }; /* blocks: what lies far apart no processor fetches by itself */
 enum { SCOUTED = 512, MOST_SCOUTS = 32 }; /* one of so many blocks is looked into first; at most so many for a query */
 
 typedef struct {
@@ -84,6 +85,12 @@ static float bound(const scan *f, int64_t hr, hit h)
 }
 
 static const float *block_of(const scan *f, int64_t head, int64_t b) { return (const float *)f->blocks[head * f->n + b]; }
+
+/* A block's mean key and what stands before it are on their way. */
+static void fetch_mean(const scan *f, const float *block)
+{
+    for (int64_t at = 0; at < (int64_t)sizeof(float) * HEAD + f->dims; at += 64) __builtin_prefetch((const char *)block + at);
+}
 
 static const int8_t *mean_k_of(const float *block) { return (const int8_t *)(block + HEAD); }
 
@@ -477,16 +484,36 @@ INLINE void NAME(dots)(const uint8_t *codes, const int8_t *q, const int32_t *q_s
 #endif
 }
 
-INLINE void NAME(dots_of)(const scan *f, const uint8_t *codes, const int8_t *q, const int32_t *q_sum, int R,
-                          float (*out)[LANES])
+/* Functions of their own: inlined into one, their sums would not stay in registers, and take twice the time. */
+#define DOTS(name, bits, R, P) \
+    static NOINLINE void NAME(name)(const uint8_t *codes, const int8_t *q, const int32_t *q_sum, int64_t dims, \
+                                    float (*out)[LANES]) \
+    { NAME(dots)(codes, q, q_sum, dims, bits, R, P, out); }
+DOTS(dots_4_row, 4, 1, 1)
+DOTS(dots_4_group, 4, GROUP, 1)
+DOTS(dots_4_row_exact, 4, 1, 2)
+DOTS(dots_4_pair_exact, 4, GROUP / 2, 2) /* two parts of four rows do not fit the registers */
+DOTS(dots_8_row, 8, 1, 1)
+DOTS(dots_8_group, 8, GROUP, 1)
+DOTS(dots_8_row_exact, 8, 1, 2)
+DOTS(dots_8_pair_exact, 8, GROUP / 2, 2)
+#undef DOTS
+
+/* The same for one row, or for GROUP. */
+static void NAME(dots_row)(const scan *f, const uint8_t *codes, const int8_t *q, const int32_t *q_sum, float (*out)[LANES])
 {
-    const int half = R > 1 ? R / 2 : 1; /* two parts of four rows do not fit the registers */
-    if (f->bits == 8 && f->parts == 1) NAME(dots)(codes, q, q_sum, f->dims, 8, R, 1, out);
-    else if (f->parts == 1) NAME(dots)(codes, q, q_sum, f->dims, 4, R, 1, out);
+    if (f->parts == 1) (f->bits == 4 ? NAME(dots_4_row) : NAME(dots_8_row))(codes, q, q_sum, f->dims, out);
+    else (f->bits == 4 ? NAME(dots_4_row_exact) : NAME(dots_8_row_exact))(codes, q, q_sum, f->dims, out);
+}
+
+static void NAME(dots_group)(const scan *f, const uint8_t *codes, const int8_t *q, const int32_t *q_sum, float (*out)[LANES])
+{
+    const int half = GROUP / 2;
+    if (f->parts == 1)
+        (f->bits == 4 ? NAME(dots_4_group) : NAME(dots_8_group))(codes, q, q_sum, f->dims, out);
     else
-        for (int r = 0; r < R; r += half, q += half * 2 * f->dims)
-            if (f->bits == 8) NAME(dots)(codes, q, q_sum + r, f->dims, 8, half, 2, out + r);
-            else NAME(dots)(codes, q, q_sum + r, f->dims, 4, half, 2, out + r);
+        for (int r = 0; r < GROUP; r += half, q += half * 2 * f->dims)
+            (f->bits == 4 ? NAME(dots_4_pair_exact) : NAME(dots_8_pair_exact))(codes, q, q_sum + r, f->dims, out + r);
 }
 
 INLINE vf NAME(vcap)(vf x, float c)
@@ -522,40 +549,49 @@ static void NAME(raise)(const scan *f, NAME(bars) *k, int64_t r, float x, float 
 INLINE vf NAME(highest)(const float *x)
 {
     vf top = loadf(x);
-    for (int i = VL; i < LANES; i += VL) top = pick(loadf(x + i) > top, loadf(x + i), top);
+    for (int i = VL; i < LANES; i += VL) top = larger(loadf(x + i), top);
     return top;
 }
 
-/* 2^x to about 1e-4 relative: enough for an estimate. */
+/* 2^x to about 1e-4 relative: enough for an estimate. Nothing far below 2^-126. */
 INLINE vf NAME(power)(vf x)
 {
-    x = pick(x > -126.0f, x, (vf){0} - 126.0f);
+#if VL == 16
+    const vf r = (vf)_mm512_reduce_ps((__m512)x, 1); /* x less the largest whole number that is not above it */
+    const vf p = ((0.07802371f * r + 0.22606678f) * r + 0.69583451f) * r + 0.99992503f;
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)x);
+#else
+    x = larger(x, (vf){0} - 126.0f);
     vf big = x + 12582912.0f, r = x - (big - 12582912.0f);
     vf p = ((0.0558263180f * r + 0.2402265070f) * r + 0.6931471806f) * r + 1.0f;
     return p * (vf)(((vu)big << 23) + 0x3f800000u);
+#endif
 }
 
-/* What of LANES tokens from t on may be near enough goes to the hits, and out of x. Returns how many hits there are now. */
-static int64_t NAME(keep)(const scan *f, NAME(bars) *k, int64_t head, int64_t b, int32_t t, const int32_t *near,
+/* There certainly is a score so high. */
+INLINE void NAME(set_bar)(const scan *f, NAME(bars) *k, int64_t head, int64_t r, float sure)
+{
+    k->sure[r] = sure;
+    k->limit[r] = sure == -INFINITY ? sure : uncap(cap(sure * f->scale, f->softcap) - f->reach[head], f->scale, f->softcap);
+}
+
+/* What of LANES tokens from t on may be near enough goes to the hits, and out of x. near: a bit for each that is, by what was
+ * known before. Returns how many hits there are now. */
+static int64_t NAME(keep)(const scan *f, NAME(bars) *k, int64_t head, int64_t b, int32_t t, uint64_t near,
                           const float *scales, float (*x)[LANES], int64_t base, int64_t hits)
 {
     const float *block = block_of(f, head, b);
-    const float reach = f->reach[head];
-    const int32_t from = f->first[b] - t, to = from + f->count[b];
     const int64_t rows = f->rows;
-    for (int64_t r = 0; r < rows; r++) {
-        vf sure = (vf){0} - INFINITY;
-        for (int i = 0; i < LANES; i += VL) {
-            vf here = loadf(x[r] + i) - (k->wide[r] * loadf(scales + i) + k->slack[r]);
-            sure = pick(here > sure, here, sure);
+    for (uint64_t left = near; left; left &= left - 1) {
+        const int i = __builtin_ctzll(left);
+        for (int64_t r = 0; r < rows; r++) {
+            const float sure = x[r][i] - (k->wide[r] * scales[i] + k->slack[r]);
+            if (sure > k->sure[r]) NAME(set_bar)(f, k, head, r, sure);
         }
-        if (!any(sure > k->sure[r])) continue;
-        k->sure[r] = NAME(largest)(sure);
-        k->limit[r] = uncap(cap(k->sure[r] * f->scale, f->softcap) - reach, f->scale, f->softcap);
     }
-    for (int i = from > 0 ? from : 0; i < LANES && i < to; i++) {
+    for (; near; near &= near - 1) {
+        const int i = __builtin_ctzll(near);
         int still = 0;
-        if (!near[i]) continue;
         for (int64_t r = 0; r < rows; r++) still |= x[r][i] + (k->wide[r] * scales[i] + k->slack[r]) >= k->limit[r];
         if (!still) continue;
         f->hits[base + hits] = (hit){
@@ -566,39 +602,60 @@ static int64_t NAME(keep)(const scan *f, NAME(bars) *k, int64_t head, int64_t b,
     return hits;
 }
 
+INLINE void NAME(add_rows)(const scan *f, const float *block, const float *weight, float *sums, int R)
+{
+    const int8_t *mean_v = mean_v_of(f, block);
+    const int64_t width = f->v_dim + 2;
+    float times[GROUP];
+    int64_t d = 0;
+    for (int r = 0; r < R; r++) times[r] = weight[r] * block[V_UNIT], sums[r * width + f->v_dim + 1] += weight[r];
+    for (; d + VL <= f->v_dim; d += VL) {
+        const vf value = NAME(load8)(mean_v + d);
+        UNROLL for (int r = 0; r < R; r++) storef(sums + r * width + d, loadf(sums + r * width + d) + times[r] * value);
+    }
+    for (; d < f->v_dim; d++)
+        for (int r = 0; r < R; r++) sums[r * width + d] += times[r] * (float)mean_v[d];
+}
+
 /* The mean value of a block, so often for each row, into its sums. */
 static void NAME(add)(const scan *f, const float *block, const float *weight, float *sums)
 {
-    const int8_t *mean_v = mean_v_of(f, block);
-    for (int64_t r = 0; r < f->rows; r++) {
-        if (!(weight[r] > 0)) continue;
-        float *sum = sums + r * (f->v_dim + 2), times = weight[r] * block[V_UNIT];
-        int64_t d = 0;
-        for (; d + VL <= f->v_dim; d += VL) storef(sum + d, loadf(sum + d) + times * NAME(load8)(mean_v + d));
-        for (; d < f->v_dim; d++) sum[d] += times * (float)mean_v[d];
-        sum[f->v_dim + 1] += weight[r];
+    int64_t r = 0;
+    for (; r + GROUP <= f->rows; r += GROUP) NAME(add_rows)(f, block, weight + r, sums + r * (f->v_dim + 2), GROUP);
+    for (; r < f->rows; r++) NAME(add_rows)(f, block, weight + r, sums + r * (f->v_dim + 2), 1);
+}
+
+INLINE void NAME(means_of)(const scan *f, const float *block, const float *q, int R, float *out)
+{
+    const int8_t *mean_k = mean_k_of(block);
+    vf sum[GROUP];
+    int64_t d = 0;
+    UNROLL for (int r = 0; r < R; r++) sum[r] = (vf){0};
+    for (; d + VL <= f->dims; d += VL) {
+        const vf key = NAME(load8)(mean_k + d);
+        UNROLL for (int r = 0; r < R; r++) sum[r] += loadf(q + r * f->dims + d) * key;
+    }
+    UNROLL for (int r = 0; r < R; r++) {
+        out[r] = NAME(total)(sum[r]);
+        for (int64_t i = d; i < f->dims; i++) out[r] += q[r * f->dims + i] * (float)mean_k[i];
+        out[r] *= block[K_UNIT];
     }
 }
 
 /* Scores of the mean keys of a piece's blocks. */
 static void NAME(means)(const scan *f, int64_t head, int64_t piece)
 {
-    const int64_t rows = f->rows, at = head * rows;
+    const int64_t rows = f->rows;
+    const float *q = f->q + head * rows * f->dims;
     int64_t last = (piece + 1) * f->per_piece;
     if (last > f->n) last = f->n;
     for (int64_t b = piece * f->per_piece; b < last; b++) {
         const float *block = block_of(f, head, b);
-        const int8_t *mean_k = mean_k_of(block);
         float *offset = f->offset + (head * f->n + b) * rows;
-        for (int64_t r = 0; r < rows; r++) {
-            vf sum = {0};
-            const float *q = f->q + (at + r) * f->dims;
-            int64_t d = 0;
-            for (; d + VL <= f->dims; d += VL) sum += loadf(q + d) * NAME(load8)(mean_k + d);
-            offset[r] = NAME(total)(sum);
-            for (; d < f->dims; d++) offset[r] += q[d] * (float)mean_k[d];
-            offset[r] *= block[K_UNIT];
-        }
+        int64_t r = 0;
+        if (b + MEANS_AHEAD < f->n) fetch_mean(f, block_of(f, head, b + MEANS_AHEAD));
+        for (; r + GROUP <= rows; r += GROUP) NAME(means_of)(f, block, q + r * f->dims, GROUP, offset + r);
+        for (; r < rows; r++) NAME(means_of)(f, block, q + r * f->dims, 1, offset + r);
     }
 }
 
@@ -620,8 +677,8 @@ INLINE void NAME(products)(const scan *f, int64_t head, const float *block, int6
     const int8_t *q8 = f->q8 + at * 2 * f->dims;
     int64_t r = 0;
     NAME(unpack)(levels_of(f, block) + t / 2, block[LOW], block[STEP], scales);
-    for (; r + GROUP <= rows; r += GROUP) NAME(dots_of)(f, c, q8 + r * 2 * f->dims, f->q_sum + at + r, GROUP, x + r);
-    for (; r < rows; r++) NAME(dots_of)(f, c, q8 + r * 2 * f->dims, f->q_sum + at + r, 1, x + r);
+    for (; r + GROUP <= rows; r += GROUP) NAME(dots_group)(f, c, q8 + r * 2 * f->dims, f->q_sum + at + r, x + r);
+    for (; r < rows; r++) NAME(dots_row)(f, c, q8 + r * 2 * f->dims, f->q_sum + at + r, x + r);
 }
 
 /* Raise a row's bar to the best score there certainly is in a block. */
@@ -635,7 +692,7 @@ INLINE void NAME(look_into)(const scan *f, int64_t head, int64_t r, int64_t b)
     for (int32_t t = from / LANES * LANES; t < to; t += LANES) {
         float x[1][LANES], scales[LANES];
         NAME(unpack)(levels_of(f, block) + t / 2, block[LOW], block[STEP], scales);
-        NAME(dots_of)(f, codes + t / LANES * code_bytes, f->q8 + hr * 2 * f->dims, f->q_sum + hr, 1, x);
+        NAME(dots_row)(f, codes + t / LANES * code_bytes, f->q8 + hr * 2 * f->dims, f->q_sum + hr, x);
         for (int i = from > t ? from - t : 0; i < LANES && t + i < to; i++) {
             float sure = x[0][i] * f->q_unit[hr] * scales[i] + offset - (wide * scales[i] + norm * block[SLACK]);
             if (sure > f->bar[hr]) f->bar[hr] = sure;
@@ -674,10 +731,8 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
         const float seed = piece == f->pieces - 1 || f->seed[at + r] > last_top[r] ? f->seed[at + r] : last_top[r];
         memset(sums + r * width, 0, sizeof(float) * (size_t)width);
         k.most[r] = k.loud[r] = k.faint[r] = -INFINITY;
-        k.sure[r] = seed == -INFINITY ? seed : uncap(seed, f->scale, f->softcap);
-        if (f->bar[at + r] > k.sure[r]) k.sure[r] = f->bar[at + r];
-        k.limit[r] = k.sure[r] == -INFINITY
-            ? k.sure[r] : uncap(cap(k.sure[r] * f->scale, f->softcap) - f->reach[head], f->scale, f->softcap);
+        float sure = seed == -INFINITY ? seed : uncap(seed, f->scale, f->softcap);
+        NAME(set_bar)(f, &k, head, r, f->bar[at + r] > sure ? f->bar[at + r] : sure);
     }
     for (int64_t b = piece * f->per_piece; b < last; b++) {
         const float *block = block_of(f, head, b), *offset = f->offset + (head * f->n + b) * rows;
@@ -686,29 +741,35 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
         for (int64_t r = 0; r < rows; r++) k.weight[r] = (vf){0};
         for (int32_t t = from / LANES * LANES; t < to; t += LANES) {
             float x[MAX_ROWS][LANES], scales[LANES];
-            int32_t near[LANES];
+            vf tops[MAX_ROWS];
+            uint64_t near = 0;
             NAME(products)(f, head, block, t, scales, x);
-            vi seen = {0};
-            for (int i = 0; i < LANES; i += VL) {
-                const vf scale = loadf(scales + i);
-                vi here = {0};
-                for (int64_t r = 0; r < rows; r++) {
-                    vf score = loadf(x[r] + i) * f->q_unit[at + r] * scale + offset[r];
+            for (int64_t r = 0; r < rows; r++) {
+                const float unit = f->q_unit[at + r], limit = k.limit[r], wide = k.wide[r], slack = k.slack[r];
+                vf top = (vf){0} - INFINITY;
+                for (int i = 0; i < LANES; i += VL) {
+                    const vf scale = loadf(scales + i), score = loadf(x[r] + i) * unit * scale + offset[r];
                     storef(x[r] + i, score);
-                    here |= score + (k.wide[r] * scale + k.slack[r]) >= k.limit[r];
+                    near |= (uint64_t)NAME(at_least)(score + (wide * scale + slack), (vf){0} + limit) << i;
+                    top = larger(score, top);
                 }
-                memcpy(near + i, &here, sizeof here);
-                seen |= here;
+                tops[r] = top;
             }
+            if (t < from) near &= ~(uint64_t)0 << (from - t);
+            if (t + LANES > to) near &= ~(uint64_t)0 >> (t + LANES - to);
             if (t < from || t + LANES > to)
                 for (int64_t r = 0; r < rows; r++)
                     for (int i = 0; i < LANES; i++)
                         if (t + i < from || t + i >= to) x[r][i] = -INFINITY;
-            if (any(seen)) hits = NAME(keep)(f, &k, head, b, t, near, scales, x, base, hits);
+            if (near) hits = NAME(keep)(f, &k, head, b, t, near, scales, x, base, hits);
             for (int64_t r = 0; r < rows; r++) {
-                vf top = NAME(highest)(x[r]), weight = {0};
-                if (!any(top > k.faint[r])) continue;
-                if (any(top > k.loud[r])) NAME(raise)(f, &k, r, NAME(largest)(top), sums + r * width);
+                vf weight = {0};
+                if (!any(tops[r] > k.faint[r])) continue;
+                if (any(tops[r] > k.loud[r])) { /* the largest may have gone to the hits */
+                    vf top = NAME(highest)(x[r]);
+                    if (!any(top > k.faint[r])) continue;
+                    if (any(top > k.loud[r])) NAME(raise)(f, &k, r, NAME(largest)(top), sums + r * width);
+                }
                 const float unit = f->scale * LOG2_E, most = k.most[r] * LOG2_E;
                 if (f->softcap > 0)
                     for (int i = 0; i < LANES; i += VL)

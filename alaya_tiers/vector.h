@@ -4,6 +4,7 @@
 #define NAME(name) NAME1(name, VL)
 #define UNROLL _Pragma("GCC unroll 4")
 #define INLINE static inline __attribute__((always_inline))
+#define NOINLINE __attribute__((noinline))
 #if defined(__clang__) || __GNUC__ >= 12
 #define SHUFFLE4(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
 #else
@@ -27,6 +28,19 @@ typedef uint16_t NAME(vh) __attribute__((vector_size(2 * VL)));
 
 INLINE vf NAME(pick)(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
 #define pick NAME(pick)
+
+/* The larger of each pair; of a NaN and y, y. */
+INLINE vf NAME(larger)(vf x, vf y)
+{
+#if VL == 16
+    return (vf)_mm512_max_ps((__m512)x, (__m512)y);
+#elif VL == 8
+    return (vf)_mm256_max_ps((__m256)x, (__m256)y);
+#else
+    return pick(x > y, x, y);
+#endif
+}
+#define larger NAME(larger)
 
 INLINE vf NAME(loadf)(const float *p) { vf x; memcpy(&x, p, sizeof x); return x; }
 INLINE void NAME(storef)(float *p, vf x) { memcpy(p, &x, sizeof x); }
@@ -93,3 +107,18 @@ INLINE int NAME(any)(vi mask)
 #endif
 }
 #define any NAME(any)
+
+/* A bit for each lane where x >= y. */
+INLINE uint32_t NAME(at_least)(vf x, vf y)
+{
+#if VL == 16
+    return _mm512_cmp_ps_mask((__m512)x, (__m512)y, _CMP_GE_OQ);
+#elif VL == 8
+    return (uint32_t)_mm256_movemask_ps((__m256)(x >= y));
+#else
+    const vi mask = x >= y;
+    uint32_t found = 0;
+    for (int i = 0; i < VL; i++) found |= (uint32_t)(mask[i] & 1) << i;
+    return found;
+#endif
+}

@@ -10,8 +10,10 @@
 #undef vu
 #undef vh
 #undef pick
+#undef larger
 #undef loadf
 #undef storef
 #undef fold
 #undef vexp
 #undef any
+#undef NOINLINE

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from alaya_tiers.blocks import PAGE
+from alaya_tiers.devices.cpu import plain_slab
 from alaya_tiers.errors import AlayaError, BudgetTooSmall, IOFailed
 from alaya_tiers.policies import EvictionPolicy, Lru, Scan, Window
 from alaya_tiers.testing import EvictionPolicyTests, MemoryTierTests
 from alaya_tiers.testing_world import Fault
+from alaya_tiers.tiers.arena import Arena
 from alaya_tiers.tiers.base import Accountant, MemoryTier
 from alaya_tiers.tiers.device import DeviceTier
 from alaya_tiers.tiers.host import HostTier
@@ -34,6 +36,27 @@ class TestHostTierOfManySlabs(MemoryTierTests):
 
     def make(self, accountant: Accountant, budget: int) -> MemoryTier:
         return HostTier(budget, self.slot_bytes, accountant)
+
+
+class TestArenaOfLanes(MemoryTierTests):
+    def make(self, accountant: Accountant, budget: int) -> MemoryTier:
+        return Arena("host", budget, self.slot_bytes, accountant, plain_slab, slab_bytes=3 * self.slot_bytes, lanes=2)
+
+
+def test_lanes_of_an_arena_lie_together() -> None:
+    books = Accountant({"index": 2000})
+    arena = Arena("index", 2000, 100, books, plain_slab, slab_bytes=700, lanes=3)
+    starts = []
+    for _ in range(2):
+        slots = arena.take(3)
+        assert slots is not None
+        starts.append(arena.addresses(slots))
+    assert (np.diff(starts, axis=0) == 100).all(), "the second run of each head is behind its first"
+    assert (np.diff(starts[0]) == 200).all()
+    last = arena.take(1)
+    assert last is not None
+    assert arena.addresses(last)[0] == starts[0][0] + 600, "what is left of a slab"
+    arena.close()
 
 
 class TestLru(EvictionPolicyTests):

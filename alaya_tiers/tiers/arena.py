@@ -13,7 +13,11 @@ SLAB_BYTES = 16 << 20
 
 
 class Arena:
-    """A MemoryTier of at most ``budget`` bytes; its slabs come from ``make_slab`` and are accounted for."""
+    """A MemoryTier of at most ``budget`` bytes; its slabs come from ``make_slab`` and are accounted for.
+
+    lanes: slots that are taken this many at a time, one a kv head, come from as many parts of a new slab: the next ones
+    of a head lie behind its last ones, as who reads head by head wants them.
+    """
 
     def __init__(
         self,
@@ -25,11 +29,12 @@ class Arena:
         *,
         on_cpu: bool = True,
         slab_bytes: int = SLAB_BYTES,
+        lanes: int = 1,
     ) -> None:
         self.on_cpu = on_cpu
         self.name, self.slot_bytes, self.capacity = name, slot_bytes, budget // slot_bytes
         self._accountant, self._make_slab = accountant, make_slab
-        self._per_slab = max(1, slab_bytes // slot_bytes)
+        self._per_slab, self._lanes = max(1, slab_bytes // slot_bytes), lanes
         self._slabs: list[Tensor] = []
         self._addresses = np.zeros(self.capacity, np.int64)
         self._made = 0
@@ -94,5 +99,7 @@ class Arena:
             raise
         self._slabs.append(slab)
         self._addresses[self._made : self._made + n] = slab.data_ptr() + np.arange(n) * self.slot_bytes
-        self._free[:0] = range(self._made + n - 1, self._made - 1, -1)
+        order, even = np.arange(n), n - n % self._lanes
+        order[:even] = order[:even].reshape(self._lanes, -1).T.ravel()
+        self._free[:0] = (self._made + order)[::-1].tolist()
         self._made += n
