@@ -30,6 +30,7 @@ from alaya_tiers.blocks import Geometry
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ContextTooLong, InputError
 from alaya_tiers.explain import Explanation, explain
+from alaya_tiers.foresight import foreseen
 from alaya_tiers.layer import AtHand, Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.listed import Asked, nothing_more
@@ -195,16 +196,18 @@ class Session:
                 return start
             part = Partial(part.out.to(out.device), part.lse.to(out.device))
             out[:, start:end] = _with_sinks(part, sinks).out.view(heads, end - start, -1)
-        self._read_ahead(state, row)
+        self._read_ahead(asked)
         return n
 
-    def _read_ahead(self, state: Layer, row: Row) -> None:
-        """Have what the next layer may want of this row's sequence on its way."""
+    def _read_ahead(self, asked: Asked) -> None:
+        """Have what the next layer may want of this row's sequence on its way. asked: of this one, the last tokens."""
+        state, row, partitions = asked.state, asked.row, self.engine.partitions
+        assert partitions is not None
         numbers = sorted(self.layers)
         after = self.layers[numbers[(numbers.index(state.number) + 1) % len(numbers)]]
         place = state.rows.index(row)
         if place < len(after.rows):
-            ahead(row, after, after.rows[place])
+            ahead(row, after, after.rows[place], partial(foreseen, asked, after, after.rows[place], partitions))
 
     def gather(self, layer: int) -> tuple[Tensor, Tensor]:
         """All of a layer as tensors k [rows, kv_heads, length, k_dim] and v: what tiers try never to make."""

@@ -256,6 +256,10 @@ class Partitions:
     def of(self, ids: Ids) -> Known:
         """Of blocks ``ids`` [heads, n]. Columns whose codes were kept are loaded."""
         self._load(ids[0, self._missing(ids)], ids.shape[0])
+        return self.here(ids)
+
+    def here(self, ids: Ids) -> Known:
+        """The same of what is in memory already."""
         with self._mover.lock:
             code = self._mover.ledger.code[ids]
             coded: npt.NDArray[np.bool_] = np.asarray((code >= 0).all(0))

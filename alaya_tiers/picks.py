@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -13,7 +13,7 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.pages import Pages, Taken
-from alaya_tiers.policies import GuessView
+from alaya_tiers.policies import SOURCES, GuessView
 
 Columns = npt.NDArray[np.intp]
 
@@ -94,22 +94,39 @@ def missed_share(state: Layer) -> float | None:
     return pages.missed if pages is not None and _by_page(state) else None
 
 
-def ahead(before: Row, state: Layer, row: Row) -> None:
-    """Tell what layer ``state`` may want next: it comes after the one that picked ``before.picked``."""
+def ahead(before: Row, state: Layer, row: Row, query: Callable[[], Ids]) -> None:
+    """Tell what layer ``state`` may want next: it comes after the one that picked ``before.picked``.
+
+    query: what that one's query finds, should the policy want to know; called on the loop, without the lock.
+    """
     engine = state.engine
     pages = engine.pages
     if pages is None or not row.runs or before.picked is None or not (sources := pages.sources()):
         return
-    view = partial(view_of, pages, engine, sources, state, row, before.picked, row.picked)
-    engine.on_loop(partial(pages.suggest, view))
+    here, last = before.picked, row.picked
+
+    def suggest() -> None:
+        found = query() if "query" in sources and not engine.closed else np.empty(0, np.int64)
+        pages.suggest(partial(view_of, pages, engine, sources, state, row, here, last, found))
+
+    engine.on_loop(suggest)
 
 
 def view_of(
-    pages: Pages, engine: Engine, sources: tuple[str, ...], state: Layer, row: Row, here: Ids, last: Ids | None
+    pages: Pages,
+    engine: Engine,
+    sources: tuple[str, ...],
+    state: Layer,
+    row: Row,
+    here: Ids,
+    last: Ids | None,
+    query: Ids,
 ) -> GuessView:
-    """What suggests itself. here: what the layer before picked in this step; last: this layer, in its last."""
+    """What suggests itself. here: what the layer before picked in this step; last: this layer, in its last; query: what
+    the query of the layer before finds here.
+    """
     none, per, book = np.empty(0, np.int64), pages.per, engine.mover.ledger
-    found, known = dict.fromkeys(("last", "beside", "across", "hot"), none), none if last is None else last
+    found, known = dict.fromkeys(SOURCES, none), none if last is None else last
     last_page = state.shape.nbytes // PAGE - 1
     if "last" in sources:
         found["last"] = pages.absent(known)
@@ -124,4 +141,6 @@ def view_of(
         found["across"] = pages.absent(np.unique(same))
     if "hot" in sources:
         found["hot"] = pages.absent(pages.of_blocks(np.unique(known // per)))
+    if "query" in sources:
+        found["query"] = pages.absent(query)
     return GuessView(**found, precision=pages.precision, room=pages.room_ahead)

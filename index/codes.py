@@ -26,6 +26,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from alaya_tiers import kernel
 from alaya_tiers.attention import Partial, merge
 from alaya_tiers.devices.base import Ask, Hits, Scanning
 from alaya_tiers.devices.cpu import CpuScan
@@ -157,6 +158,20 @@ def _levels(needed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     low = torch.maximum(needed.amin(1, keepdim=True), high / LEVELS)
     step = (high - low) / (LEVELS - 1) + high * 1e-6
     return low, step, ((needed - low) / step).ceil_().clamp_(0, LEVELS - 1)
+
+
+def mean_scores(q: Tensor, blocks: npt.NDArray[np.int64], layout: Layout) -> Tensor:
+    """The most that a query scores with each block's mean key, unscaled. q: [heads, rows, k_dim]; blocks: int64
+    [heads, n], address of each coded block. float32 [heads, n].
+    """
+    rotated = torch.zeros(*q.shape[:2], layout.dims)
+    rotated[..., : layout.k_dim] = q.detach().to("cpu", torch.float32) @ rotation(layout.k_dim)
+    heads = np.empty((blocks.size, 4 * HEAD + layout.dims), np.uint8)
+    to = heads.ctypes.data + np.arange(blocks.size) * heads.shape[1]
+    kernel.copy(np.ascontiguousarray(blocks).ravel(), to, np.full(blocks.size, heads.shape[1]), 1)
+    unit = heads[:, 4 * K_UNIT : 4 * K_UNIT + 4].copy().view(np.float32)
+    means = torch.from_numpy(heads[:, 4 * HEAD :].view(np.int8) * unit).view(*blocks.shape, -1)
+    return torch.amax(rotated @ means.mT, 1)
 
 
 class Scan(NamedTuple):

@@ -20,7 +20,7 @@ from alaya_tiers.policies.base import (
     WritePolicy,
     WriteView,
 )
-from alaya_tiers.policies.guess import SOURCES, Confident, From, NoGuess
+from alaya_tiers.policies.guess import SOURCES, UNSEEN, Confident, From, NoGuess
 from alaya_tiers.policies.heat import Cost, Heat
 from alaya_tiers.policies.lru import Lru
 from alaya_tiers.policies.reuse import Always, Cheaper, Never, Reuse, ReusePolicy, ReuseView
@@ -36,6 +36,7 @@ __all__ = [
     "PREFETCH",
     "REUSE",
     "SOURCES",
+    "UNSEEN",
     "Always",
     "Cheaper",
     "Confident",

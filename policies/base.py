@@ -73,7 +73,8 @@ class GuessView:
 
     A page is named by block id x pages of a block + number. Of each source, likeliest first:
     last: wanted by this layer at its step before, and evicted since. beside: next to these in the text. across: at the
-    positions that the layer before wants in this step. hot: wanted often of late, whatever the step.
+    positions that the layer before wants in this step. hot: wanted often of late, whatever the step. query: what the
+    query of the layer before finds among this layer's keys; a replay knows no queries, and has none.
     precision: of each source, the share of its guesses that were wanted so far, 1 while nothing is known.
     room: how many may be read now.
     """
@@ -82,6 +83,7 @@ class GuessView:
     beside: Ids
     across: Ids
     hot: Ids
+    query: Ids
     precision: Mapping[str, float]
     room: int
 

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 
 from alaya_tiers.policies.base import Guess, GuessView
 
-SOURCES = ("last", "beside", "across", "hot")
+SOURCES = ("last", "beside", "across", "hot", "query")
+UNSEEN = ("query",)
+"""Sources that a replay of a trace cannot have."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -122,6 +122,26 @@ def test_guesses_change_no_answer_and_are_counted(guess: str) -> None:
         still.engine.close()
 
 
+def test_the_query_of_the_layer_before_names_what_it_finds_in_the_next() -> None:
+    """Here both layers look for the same, so that it finds nearly all."""
+    missed = dict[str, int]()
+    for guess in ("none", "query"):
+        session = made(**TIGHT, guess=guess, prefetch_share=0.9)
+        try:
+            pages, make = pool(session), torch.Generator().manual_seed(5)
+            q = 12 * torch.randn(1, HEADS * GROUP, 1, DIM, generator=make)
+            session.attention(0, q, [Visible.all(TOKENS, 1)], 0.25)
+            session.engine.submit(pages.idle()).result()
+            before = pages.use.missed
+            session.attention(1, q, [Visible.all(TOKENS, 1)], 0.25)
+            missed[guess] = pages.use.missed - before
+            session.engine.submit(pages.idle()).result()
+            settled(pages)
+        finally:
+            session.engine.close()
+    assert missed["none"] > 2 * missed["query"]
+
+
 def test_whole_blocks_get_their_room_back() -> None:
     """Exact attention over everything, where pages have taken what they may."""
     session = made(**TIGHT, page_share=1.0)

@@ -12,6 +12,7 @@ import pytest
 from alaya_tiers import AlayaCache, Settings
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.tools import load, loadsteps, search, tune, validate
+from alaya_tiers.tools.attending import Attending
 from alaya_tiers.tools.hardware import Machine
 from alaya_tiers.tools.prices import Prices
 from alaya_tiers.tools.recorded import open_recording
@@ -189,7 +190,9 @@ def test_pages_and_guesses_are_searched_too(tmp_path: Path) -> None:
     (tmp_path / "s.toml").write_text(STEPS)
     settings = Settings(mode="sparse", index_budget=None, device_budget=4 << 20, host_budget=8 << 20)
     made = loadsteps.recording(load.read(tmp_path / "s.toml"), NAMED["llama-3.2-1b"], settings, 0)
-    assert {"segment_tokens", "page_share", "guess", "prefetch_share"} <= set(OfRun([made], KNOWN, Prices()).space())
+    space = OfRun([made], KNOWN, Prices()).space()
+    assert {"segment_tokens", "page_share", "guess", "prefetch_share"} <= set(space)
+    assert "query" not in space["guess"]  # a trace has none
     subject = remembering(Sparse([made], KNOWN, Prices()))
     usual = subject.evaluate(subject.default())
     target = Target(price=usual.price * 1.01)
@@ -200,6 +203,12 @@ def test_pages_and_guesses_are_searched_too(tmp_path: Path) -> None:
     written = Settings.from_dict(subject.file(found.point))
     guess = found.point["guess"] if found.point["page_share"] else "none"
     assert (written.page_share, written.guess) == (found.point["page_share"], guess)
+
+
+def test_guesses_by_a_query_cannot_be_replayed() -> None:
+    nothing: Any = None
+    with pytest.raises(ConfigError, match="no queries"):
+        Attending(nothing, Settings(mode="sparse", guess="query"), nothing, nothing, None)
 
 
 # ---------------------------------------------------------------------- requests

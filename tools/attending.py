@@ -18,12 +18,13 @@ from alaya_tiers.blocks import PAGE, BlockShape, Geometry
 from alaya_tiers.cache import FEW_ROWS
 from alaya_tiers.config import Settings
 from alaya_tiers.engine import LOADS_AHEAD
+from alaya_tiers.errors import ConfigError
 from alaya_tiers.index.plan import Rates, Step
 from alaya_tiers.ledger import Ids
 from alaya_tiers.mover import Mover
 from alaya_tiers.pages import Pages, Taken
 from alaya_tiers.picks import view_of
-from alaya_tiers.policies import EVICTION, GUESS, by_name
+from alaya_tiers.policies import EVICTION, GUESS, UNSEEN, by_name
 from alaya_tiers.tools.events import Found, Positions, Read
 from alaya_tiers.tools.phases import Part, Phase
 from alaya_tiers.tools.profile import Profile
@@ -68,6 +69,8 @@ class Attending:
         self.pages: Pages | None = None
         if settings.mode == "sparse" and settings.page_share:
             submit: Any = loop.create_task
+            if settings.guess in UNSEEN:
+                raise ConfigError(f"guess={settings.guess} cannot be replayed: a trace has no queries; choose another")
             eviction, guess = by_name(EVICTION, settings.eviction_of_pages), by_name(GUESS, settings.guess)
             share, ahead = settings.page_share, settings.prefetch_share
             self.pages = Pages(mover, eviction, guess, share, ahead, Clock(loop), submit)
@@ -219,7 +222,7 @@ class Attending:
         state: Any = SimpleNamespace(shape=self.mover.shapes[after.layer])
         row: Any = SimpleNamespace(runs=after.runs, first=np.array(after.first, np.int64))
         here, last = before.picked, after.picked
-        pages.suggest(lambda: view_of(pages, engine, sources, state, row, here, last))
+        pages.suggest(lambda: view_of(pages, engine, sources, state, row, here, last, np.empty(0, np.int64)))
 
     # ------------------------------------------------------------------ blocks
     async def reading(self, ids: Ids, upcoming: tuple[Part, list[Part]] | None, seconds: Seconds) -> None:

@@ -8,6 +8,7 @@ the page cache when it begins.
 """
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -53,7 +54,10 @@ WHO = Identity(
 
 @dataclass(slots=True)
 class Found:
-    """All that was measured. Seconds: of importing, opening the store, making a session. Bytes of memory."""
+    """All that was measured. Seconds: of importing, opening the store, making a session. Bytes of memory.
+
+    imported, import_rss: None where the context was there; the most memory that the process that imports had.
+    """
 
     plan: offload.Plan
     machine: dict[str, Any]
@@ -61,6 +65,7 @@ class Found:
     page_rate: float
     host_budget: int
     imported: float | None
+    import_rss: int | None
     opening: float
     session: float
     way: Way
@@ -83,7 +88,7 @@ class Found:
 
 def run(plan: offload.Plan, host: int, say: Say) -> Found:
     """Measure everything; ``plan.path`` keeps the context. Raises AlayaError, OSError."""
-    began, path, imported = CpuUse.now(), plan.path, None
+    began, path, imported, import_rss = CpuUse.now(), plan.path, None, None
     assert path is not None
     path.mkdir(parents=True, exist_ok=True)
     say("the disk itself")
@@ -98,6 +103,7 @@ def run(plan: offload.Plan, host: int, say: Say) -> Found:
         if done.returncode:
             raise ConfigError(f"the import failed with exit status {done.returncode}: run this again to go on with it")
         imported = time.perf_counter() - started
+        import_rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
     rawdisk.empty_cache(path.rglob("*"))
     rss, opened = psutil.Process().memory_info().rss, time.perf_counter()
     with _database(plan, host) as (engine, contexts):
@@ -107,7 +113,7 @@ def run(plan: offload.Plan, host: int, say: Say) -> Found:
         made = time.perf_counter() - opened
         way = offload.steps(plan, Heads(plan.heads), session, "decoding", say)
         found = Found(
-            plan, machine.describe(), disk, pages, host, imported, opening, made, way,
+            plan, machine.describe(), disk, pages, host, imported, import_rss, opening, made, way,
             engine.settings.device_budget + host, engine.used_bytes("index"), rss,
         )  # fmt: skip
     found.cpu_of_others = CpuUse.now().others_since(began)
@@ -116,6 +122,7 @@ def run(plan: offload.Plan, host: int, say: Say) -> Found:
 
 def bring(described: str, host: int) -> None:
     """Import the context of a plan (JSON), or what is missing of it. Exits with status 1 where that fails."""
+    machine.give_memory_back()
     given, console = json.loads(described), Console(stderr=True)
     given |= {"heads": HeadsPlan(**given["heads"]), "path": Path(given["path"])}
     plan = offload.Plan(**given)
@@ -196,7 +203,8 @@ def table(found: Found) -> Table:
     made.caption_justify = "left"
     made.caption = (
         f"attended {way.selected:.2%} of the tokens, mass {way.mass:.3f}; pages: hits {page['hit_rate']:.3f}, "
-        f"amplified {page['read_amplification']:.1f}. Most RSS {size(way.rss)}, {size(found.rss_before)} of it before; "
+        f"amplified {page['read_amplification']:.1f}. Most RSS {size(way.rss)}, {size(found.rss_before)} of it before"
+        f"{'' if found.import_rss is None else f', {size(found.import_rss)} while importing'}; "
         f"budgets {size(found.budgets)} + index {size(found.index_bytes)}; the machine has {size(m['ram_bytes'])}. "
         f"Disk {disk} of 4 KiB a second. {m['cpu']}, {m['cores']} cores; others took {found.cpu_of_others:.0%} of the "
         "cores."

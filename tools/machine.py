@@ -23,6 +23,8 @@ import torch
 PAGE = 4096
 MIB = 1 << 20
 
+M_MMAP_THRESHOLD = -3
+
 Bytes = npt.NDArray[np.uint8]
 
 
@@ -50,6 +52,12 @@ class Bandwidth:
     def as_dict(self) -> dict[str, Any]:
         """JSON values."""
         return {"bytes_per_second": self.best, "method": self.method, "methods": self.methods}
+
+
+def give_memory_back() -> None:
+    """Have glibc give back what is not used any more of more than a megabyte: what made keys would count as ours."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def describe() -> dict[str, Any]:

@@ -5,8 +5,6 @@ is the last one's, turned. Against the same with everything in memory, against r
 and policy by policy. O_DIRECT where the file system can: the page cache does not help.
 """
 
-import contextlib
-import ctypes
 import itertools
 import math
 import statistics
@@ -36,8 +34,6 @@ from alaya_tiers.tools.machine import Bandwidth, CpuUse
 from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
 
 Say = Callable[[str], None]
-
-M_MMAP_THRESHOLD = -3
 
 RETRIEVAL = "retrieval"
 KINDS = (*HEADS, RETRIEVAL)
@@ -162,8 +158,7 @@ class Queries:
 def run(plan: Plan, say: Say = lambda text: None) -> Found:
     """Measure everything. Raises AlayaError."""
     began, heads = CpuUse.now(), Heads(plan.heads)
-    with contextlib.suppress(OSError, AttributeError):  # glibc: give back what made the keys, or it counts as ours
-        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20)
+    machine.give_memory_back()
     host = int(plan.kv_bytes / plan.times)
     say("the disk itself")
     directory = plan.path or Path.cwd()

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from alaya_tiers.config import Settings, format_bytes
 from alaya_tiers.errors import BudgetTooSmall, ConfigError, OutOfSpace
-from alaya_tiers.policies import EVICTION, GUESS, PREFETCH, Watermark, by_name
+from alaya_tiers.policies import EVICTION, GUESS, PREFETCH, UNSEEN, Watermark, by_name
 from alaya_tiers.tools import profile, search, toml
 from alaya_tiers.tools.described import described, machine_of
 from alaya_tiers.tools.events import Cut, Fork, Layer, Own, Put
@@ -58,7 +58,7 @@ class OfRun:
             "prefetch": tuple(PREFETCH) if exact else ("none",),
             "prefetch_share": (0.125, 0.25, 0.5),
             "page_share": (0.0,) if exact else (0.0, 0.5, 0.75),
-            "guess": ("none",) if exact else tuple(GUESS),
+            "guess": ("none",) if exact else tuple(name for name in GUESS if name not in UNSEEN),
             "dirty_limit": (0.25, 0.5, 0.75),
             "batch_bytes": (2 << 20, 8 << 20),
         }
