@@ -43,23 +43,25 @@ class Asked:
 def certain(asked: Asked, heads: Heads, spans: Spans, best: npt.NDArray[np.int32], rows: int, looks: Looks) -> Tensor:
     """What the best keys of a scan score exactly. See index.codes.Verify."""
     g = asked.state.shape.geometry
-    wanted = best >= 0
-    tokens = [np.unique(mine[known]) for mine, known in zip(best, wanted, strict=True)]
+    wanted, span = best >= 0, int(best.max()) + 1
+    lanes = np.arange(heads.size + 1) * span
+    each, at = np.unique((best + lanes[:-1, None])[wanted], return_inverse=True)
+    bounds = np.searchsorted(each, lanes)
+    tokens = [each[bounds[i] : bounds[i + 1]] - lanes[i] for i in range(heads.size)]
     looks.compared(heads, tokens)
-    held = torch.zeros(sum(map(len, tokens)), g.width, dtype=g.dtype)
-    if not held.numel():
-        return torch.full(best.shape, -torch.inf)
+    scores = torch.full(best.shape, -torch.inf)
+    if not each.size:
+        return scores
+    held = torch.zeros(each.size, g.width, dtype=g.dtype)
     to = held.data_ptr() + np.arange(len(held)) * g.row_bytes
     for some, where, _ in located(asked, heads, spans, tokens, rows):
         place = np.arange(len(held)) if some is None else np.flatnonzero(some)
         kernel.copy(where[place], to[place], np.full(place.size, g.row_bytes), None)
-    keys = held[:, : asked.q.shape[2]].double()
-    first = np.cumsum([0, *map(len, tokens)])
-    at = np.stack([first[i] + np.searchsorted(tokens[i], mine) for i, mine in enumerate(best)]).clip(0, len(keys) - 1)
-    scores = (asked.q[heads].cpu().double() * keys[torch.from_numpy(at)]).sum(2) * asked.scale
-    scores = capped(scores, asked.softcap)
-    scores -= 1e-6 * scores.abs()  # as a float it is smaller still than what the key scores
-    return torch.where(torch.from_numpy(wanted), scores, -torch.inf).float()
+    known = torch.from_numpy(wanted)
+    found = (asked.q[heads].cpu()[known].double() * held[torch.from_numpy(at), : asked.q.shape[2]]).sum(1) * asked.scale
+    found = capped(found, asked.softcap)
+    scores[known] = (found - 1e-6 * found.abs()).float()  # as a float it is smaller still than what the key scores
+    return scores
 
 
 def lists(asked: Asked, heads: Heads, spans: Spans, found: list[npt.NDArray[np.int32]], rows: int) -> Iterator[Partial]:
@@ -105,22 +107,24 @@ def located(
     if not counts.any():
         return
     tokens = np.concatenate(found)
-    runs, place = np.unique(spans.run, return_inverse=True)
-    offsets = tokens % rows * g.row_bytes
-    cell = place[tokens // rows] + np.repeat(np.arange(heads.size) * runs.size, counts)  # of a table [heads, runs]
+    column, low = tokens // rows, int(spans.run[0])
+    offsets = (tokens - column * rows) * g.row_bytes
+    runs = np.arange(low, int(spans.run[-1]) + 1)
+    cell = spans.run[column] + np.repeat(np.arange(heads.size) * runs.size - low, counts)  # of a table [heads, runs]
     wanted = np.zeros(heads.size * runs.size, bool)
     wanted[cell] = True
     cells, blocks = np.flatnonzero(wanted), state.ids(row.first[runs])[heads].ravel()[wanted]
-    per, block_of = engine.mover.host.slot_bytes // PAGE, (np.cumsum(wanted) - 1)[cell]
-    names = blocks[block_of] * per + offsets // PAGE
-    singly = pageable(state, blocks)
-    by_page = singly[block_of]
-    if note and (pages := engine.pages) is not None and pages.sources():  # nobody else wants to know
-        row.picked = np.unique(names)
-    few, column = np.unique(names[by_page], return_inverse=True)
-    picks = Picks.start(engine, few)
+    singly, picks, pages = pageable(state, blocks), None, engine.pages
+    guessed = note and pages is not None and bool(pages.sources())  # nobody else wants to know
+    if guessed or singly.any():
+        block_of = (np.cumsum(wanted) - 1)[cell]
+        names, by_page = blocks[block_of] * (engine.mover.host.slot_bytes // PAGE) + offsets // PAGE, singly[block_of]
+        if guessed:
+            row.picked = np.unique(names)
+        few, page = np.unique(names[by_page], return_inverse=True)
+        picks = Picks.start(engine, few)
     if picks is None:
-        singly[:] = by_page[:] = False
+        singly[:] = False
     try:
         whole = np.flatnonzero(~singly)
         base = np.empty(wanted.size, np.int64)
@@ -145,7 +149,7 @@ def located(
                 page_at[:] = -1
                 page_at[columns] = addresses
                 where[:] = -1
-                where[by_page] = page_at[column]
+                where[by_page] = page_at[page]
                 here = where >= 0
                 yield None if here.all() else here, where + offsets % PAGE, None
     finally:

@@ -382,11 +382,12 @@ class Partitions:
         if self._arena is None:
             budget = self._settings.index_budget
             budget = psutil.virtual_memory().total if budget is None else budget
+            near = 0 if self._mover.lanes.device.on_cpu else self._settings.device_index_budget
+            lanes = 1 if near else heads  # a mirror has the first slots of all, in their order
             self._arena = self._mover.codes = Arena(
-                "index", budget, layout.nbytes, self._accountant, plain_slab, slab_bytes=SLAB_BYTES, lanes=heads
+                "index", budget, layout.nbytes, self._accountant, plain_slab, slab_bytes=SLAB_BYTES, lanes=lanes
             )
-            near = self._settings.device_index_budget
-            if not self._mover.lanes.device.on_cpu and near:
+            if near:
                 slot = round_up(layout.nbytes, CODES_ALIGNED)
                 self._mirror = Mirror(near, slot, self._accountant, self._mover.lanes.device)
         slots = self._arena.take(n)

@@ -314,6 +314,8 @@ def _some(ask: Ask, columns: npt.NDArray[np.intp]) -> Ask:
 
 def _named(tokens: npt.NDArray[np.int32], columns: npt.NDArray[np.intp], rows: int) -> npt.NDArray[np.int32]:
     """Tokens of a scan of some blocks, as a scan of all would name them; -1 stays."""
+    if not columns.size or columns[-1] == columns.size - 1:  # all of them
+        return tokens
     return np.where(tokens < 0, -1, columns[tokens // rows] * rows + tokens % rows).astype(np.int32)
 
 
