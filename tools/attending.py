@@ -68,9 +68,9 @@ class Attending:
         self.phase = Phase("start")
         self.pages: Pages | None = None
         if settings.mode == "sparse" and settings.page_share:
-            submit: Any = loop.create_task
             if settings.guess in UNSEEN:
                 raise ConfigError(f"guess={settings.guess} cannot be replayed: a trace has no queries; choose another")
+            submit: Any = loop.create_task
             eviction, guess = by_name(EVICTION, settings.eviction_of_pages), by_name(GUESS, settings.guess)
             share, ahead = settings.page_share, settings.prefetch_share
             self.pages = Pages(mover, eviction, guess, share, ahead, Clock(loop), submit)
