@@ -15,14 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from alaya_tiers.digest import pieces_at
+from alaya_tiers import kernel
+from alaya_tiers.digest import of_rows
 from alaya_tiers.index.codes import Layout
-from alaya_tiers.seams import Disk, memory, read_into, read_up_to
+from alaya_tiers.seams import Disk, read_into, read_up_to
 
 MAGIC, FAMILY = b"alaya-index-2", b"alaya-index-"
 MOST_HEADER = 64 << 20
-TOGETHER = 8 << 20
-"""Bytes of codes read at a time: all of a layer of a segment, unless its heads are many."""
+TOGETHER = 2 << 20
+"""Bytes of codes read at a time: as a processor's cache holds."""
 
 _FIRST_LINE = 128
 _MOST_RUN = 1 << 30
@@ -94,20 +95,24 @@ def run_of(disk: Disk, handle: int, codes: LayerCodes, run: int) -> bytearray | 
 
 
 def runs_into(disk: Disk, handle: int, codes: LayerCodes, runs: list[int], addresses: Addresses) -> Mask:
-    """Read runs, ascending, to where the codes of each head shall lie; which of them are what was written, bool [n].
+    """Bring runs, ascending, to where the codes of each head shall lie; which of them are what was written, bool [n].
 
-    addresses: int64 [n, kv_heads]. Neighbours are read together. What cannot be read is not what was written.
+    addresses: int64 [n, kv_heads]. Neighbours are read together, checked while they are in the processor's cache, then
+    copied: memory of the index is touched for what is good alone. What cannot be read is not what was written.
     """
     good, nbytes, at = np.zeros(len(runs), bool), codes.layout.nbytes, 0
     for group in _neighbours(runs, max(1, TOGETHER // codes.nbytes)):
-        places = addresses[at : at + len(group)]
+        rows = np.empty((len(group), codes.nbytes), np.uint8)
         try:
-            got = read_into(disk, handle, _stretches(places.ravel(), nbytes), codes.offset + group[0] * codes.nbytes)
+            got = read_into(disk, handle, rows.reshape(-1).data, codes.offset + group[0] * codes.nbytes)
         except OSError:
             got = 0
-        here = slice(at, at + got // codes.nbytes)
-        written = np.array([codes.digests[run] for run in group[: got // codes.nbytes]], np.uint64)
-        good[here] = pieces_at(addresses[here], nbytes) == written
+        whole = got // codes.nbytes
+        here = slice(at, at + whole)
+        good[here] = of_rows(rows[:whole]) == np.array([codes.digests[run] for run in group[:whole]], np.uint64)
+        heads = rows.ctypes.data + np.arange(rows.size // nbytes).reshape(len(group), -1) * nbytes
+        to = addresses[here][good[here]].ravel()
+        kernel.copy(heads[:whole][good[here]].ravel(), to, np.full(to.size, nbytes), 1)
         at += len(group)
     return good
 
@@ -148,13 +153,6 @@ def _neighbours(runs: list[int], most: int) -> Iterator[list[int]]:
         group.append(run)
     if group:
         yield group
-
-
-def _stretches(addresses: Addresses, nbytes: int) -> list[memoryview]:
-    """Memory at these addresses, ``nbytes`` at each; what lies side by side as one."""
-    begins = np.flatnonzero(np.diff(addresses, prepend=addresses[0] - nbytes - 1) != nbytes)
-    sizes = np.diff(begins, append=addresses.size) * nbytes
-    return [memory(at, size) for at, size in zip(addresses[begins].tolist(), sizes.tolist(), strict=True)]
 
 
 def _data_at(header: int) -> int:

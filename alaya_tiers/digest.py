@@ -47,22 +47,13 @@ def pages_of(data: bytes | bytearray | memoryview) -> Digests:
     return np.array([xxhash.xxh3_64_intdigest(view[at : at + PAGE]) for at in range(0, len(view), PAGE)], np.uint64)
 
 
-def pieces_at(addresses: npt.NDArray[np.int64], nbytes: int) -> Digests:
-    """xxh3-64 of things that lie in pieces, uint64 [n]. addresses: int64 [n, pieces]; nbytes: of each piece."""
-    n, pieces = addresses.shape
-    whole = (np.diff(addresses, axis=1) == nbytes).all(1)
-    out = np.empty(n, np.uint64)
-    if (hash_function := _xxh3()) is not None and whole.any():
-        found = np.empty(int(whole.sum()), np.uint64)
-        kernel.digest(hash_function, np.ascontiguousarray(addresses[whole, 0]), pieces * nbytes, pieces * nbytes, found)
-        out[whole] = found
-    else:
-        whole[:] = False
-    for i in np.flatnonzero(~whole):
-        state = xxhash.xxh3_64()
-        for address in addresses[i].tolist():
-            state.update((ctypes.c_char * nbytes).from_address(address))
-        out[i] = state.intdigest()
+def of_rows(rows: npt.NDArray[np.uint8]) -> Digests:
+    """xxh3-64 of each row, uint64 [n]. rows: [n, bytes], contiguous."""
+    out, (n, nbytes) = np.empty(len(rows), np.uint64), rows.shape
+    if (hash_function := _xxh3()) is not None and n:
+        kernel.digest(hash_function, rows.ctypes.data + np.arange(n) * nbytes, nbytes, nbytes, out)
+        return out
+    out[:] = [xxhash.xxh3_64_intdigest(row.data) for row in rows]
     return out
 
 

@@ -297,7 +297,7 @@ class Partitions:
                 self._ready.notify_all()
 
     def _bring(self, promise: Promise[Source], first: Ids, heads: int) -> bool:
-        """Load right into the arena what still is promised of these runs; whether there was room for all.
+        """Load into the arena what still is promised of these runs; whether there was room for all.
 
         The lock is not held while they are read: these slots are nobody's until the book says what is in them.
         """

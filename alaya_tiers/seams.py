@@ -32,10 +32,6 @@ Rng = random.Random
 """Chance: always an instance made from a seed, never the module's global one."""
 
 
-MOST_BUFFERS = 1024
-"""Of one read: the kernel's own limit."""
-
-
 class Clock(Protocol):
     """Time."""
 
@@ -159,15 +155,11 @@ def read_up_to(disk: Disk, handle: int, offset: int, n: int) -> bytearray:
     return found
 
 
-def read_into(disk: Disk, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Fill ``buffers``, one after the other; how many bytes, fewer at the end of the file. Raises OSError."""
-    left, done = list(buffers), 0
-    while left and (got := disk.read(handle, left[:MOST_BUFFERS], offset + done)) > 0:
+def read_into(disk: Disk, handle: int, buffer: memoryview, offset: int) -> int:
+    """Fill a buffer; how many bytes, fewer at the end of the file. Raises OSError."""
+    done = 0
+    while done < len(buffer) and (got := disk.read(handle, [buffer[done:]], offset + done)) > 0:
         done += got
-        while left and got >= len(left[0]):
-            got -= len(left.pop(0))
-        if got:
-            left[0] = left[0][got:]
     return done
 
 

@@ -1,16 +1,15 @@
 """Small blocks that lie apart are read by one call, and each that fails is the error it would be by itself."""
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import xxhash
 
-from alaya_tiers import coded, seams
+from alaya_tiers import coded
 from alaya_tiers.errors import IOFailed, StoreCorrupt
 from alaya_tiers.index.codes import Layout
 from alaya_tiers.seams import SystemDisk, read_into
@@ -93,43 +92,22 @@ def test_codes_that_are_neighbours_are_read_together_and_bad_ones_are_left_out(
     (tmp_path / "codes").write_bytes(damaged.tobytes()[: 9 * codes.nbytes + 5])
     monkeypatch.setattr(coded, "TOGETHER", 3 * codes.nbytes)
     disk = SystemDisk()
-    handle, sizes, take = disk.open(str(tmp_path / "codes"), create=False, direct=False), list[list[int]](), read_into
+    handle, sizes, take = disk.open(str(tmp_path / "codes"), create=False, direct=False), list[int](), read_into
 
-    def noted(disk: Any, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
-        sizes.append([len(buffer) // layout.nbytes for buffer in buffers])
-        return take(disk, handle, buffers, offset)
+    def noted(disk: Any, handle: int, buffer: memoryview, offset: int) -> int:
+        sizes.append(len(buffer) // codes.nbytes)
+        return take(disk, handle, buffer, offset)
 
     monkeypatch.setattr(coded, "read_into", noted)
     wanted = [0, 2, 3, 4, 5, 6, 7, 9]
     room = np.zeros((40, layout.nbytes), np.uint8)
-    places = np.array([[0, 1], [4, 5], [6, 7], [8, 9], [30, 20], [12, 13], [14, 15], [16, 17]])  # one is in two pieces
+    places = np.array([[0, 1], [4, 5], [6, 7], [8, 9], [30, 20], [12, 13], [14, 15], [16, 17]])
     try:
         good = coded.runs_into(disk, handle, codes, wanted, room.ctypes.data + places * layout.nbytes)
     finally:
         disk.close(handle)
-    assert sizes == [[2], [6], [1, 1, 4], [2]]
+    assert sizes == [1, 3, 3, 1]
     assert good.tolist() == [run not in (6, 9) for run in wanted]
     for run, place in zip(np.array(wanted)[good], places[good], strict=True):
         assert np.array_equal(room[place].ravel(), data[run])
-
-
-@pytest.mark.parametrize("most", [1, 3, 1024])
-def test_reading_into_several_buffers_goes_on_where_a_read_came_short(most: int) -> None:
-    data = bytes(range(100))
-    buffers = [bytearray(n) for n in (1, 0, 30, 5, 50, 40)]
-    calls: list[int] = []
-
-    class Short:
-        def read(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
-            calls.append(offset)
-            left = data[offset : offset + 17]
-            for buffer in buffers:
-                n = min(len(left), len(buffer))
-                buffer[:n], left = left[:n], left[n:]
-            return min(17, len(data) - offset, sum(map(len, buffers)))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seams, "MOST_BUFFERS", most)
-        assert read_into(cast("Any", Short()), 0, [memoryview(b) for b in buffers], 0) == 100
-    assert b"".join(buffers)[:100] == data
-    assert len(calls) > 6
+    assert not np.delete(room, places[good].ravel(), 0).any()  # what is not good is nowhere
