@@ -2,10 +2,12 @@
 
 import os
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait for tiny work would keep others off the cores
 os.environ["TRITON_INTERPRET"] = str(int(not os.path.exists("/dev/nvidiactl")))  # read when torch imports triton
 
 import ctypes
 import faulthandler
+import fcntl
 import gc
 import random
 import shutil
@@ -14,7 +16,7 @@ import sysconfig
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,25 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "check"))
 def pytest_configure() -> None:
     torch.set_num_threads(2)
     faulthandler.enable()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Of the processes of ``pytest -n`` one has the machine while it runs a test that is marked ``alone``.
+
+    Who wants it waits at the turn, and so does who comes after: else short tests of others would keep it out.
+    """
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    how = fcntl.LOCK_EX if item.get_closest_marker("alone") else fcntl.LOCK_SH
+    with open(ROOT / "tests" / "conftest.py") as turn, open(ROOT / "pyproject.toml") as machine:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(machine, how)
+        fcntl.flock(turn, fcntl.LOCK_UN)
+        try:
+            return (yield)
+        finally:
+            fcntl.flock(machine, fcntl.LOCK_UN)  # closing it does not, while a child of a fork has it too
 
 
 @pytest.fixture(scope="session")

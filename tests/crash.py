@@ -110,10 +110,14 @@ class CrashDisk:
         self._leased: dict[int, tuple[str, bool]] = {}
         self._next = 3
         self._lock = threading.RLock()
+        folders = dict[str, Folder]()
         for path, data in (image or {}).items():
-            self._create(path).write(0, data)
-        for thing in [*self._things()]:
-            thing.sync()
+            above, _, name = path.rpartition("/")
+            if above not in folders:
+                folders[above] = self._folder(above)
+            folders[above].now[name] = File(data, bytearray(data))
+        for folder in self._folders(self.root):
+            folder.sync()
 
     # ------------------------------------------------------------------ what a crash leaves
     def image(self, rng: random.Random, share: float) -> Image:
@@ -307,8 +311,9 @@ class CrashDisk:
             here = here.now.get(name) if isinstance(here, Folder) else None
         return here
 
-    def _things(self, folder: Folder | None = None) -> Iterator[File | Folder]:
-        folder = folder or self.root
+    def _folders(self, folder: Folder) -> Iterator[Folder]:
+        """It, and all below."""
         yield folder
         for what in folder.now.values():
-            yield from self._things(what) if isinstance(what, Folder) else [what]
+            if isinstance(what, Folder):
+                yield from self._folders(what)

@@ -4,6 +4,7 @@ Most of an image is the same as in the one before, so whatever was looked at is 
 is opening the store, which is the code that would run: every image is opened, cleaned and closed by it.
 """
 
+import functools
 import json
 import random
 from collections.abc import Callable
@@ -321,13 +322,8 @@ class Surveyor:
         arrays = {path.removesuffix("/c/0/0/0").removeprefix(f"{ROOT}/") for path in left if path.endswith("/c/0/0/0")}
         assert arrays == set(manifest.files), "files that nothing names were left, or some are missing"
         assert not [path for path in left if path.endswith((".partial", "probe"))]
-        folders = (
-            {f for path in left if path.endswith("zarr.json") for f in Path(path).parents}
-            if manifest.generation
-            else ()
-        )
-        for folder in folders:
-            if len(folder.parts) >= len(Path(ROOT).parts):
+        if manifest.generation:
+            for folder in {f for path in left if path.endswith("/zarr.json") for f in _folders(path)}:
                 self._node(left.get(f"{folder}/zarr.json"))
 
     def _node(self, data: bytes | None) -> None:
@@ -338,6 +334,12 @@ class Surveyor:
             except ValueError:
                 raise AssertionError("torn metadata") from None
             self._json.add(data)
+
+
+@functools.cache
+def _folders(path: str) -> tuple[str, ...]:
+    """Those that a file of the store is in, the store's own the last."""
+    return tuple(str(f) for f in Path(path).parents if f.is_relative_to(ROOT))
 
 
 def violations(recorder: Recorder, surveyor: Surveyor, most: int | None = None) -> list[str]:

@@ -614,6 +614,7 @@ def test_a_directory_of_other_files_is_refused_and_left_alone(tmp_path: Path) ->
     assert sorted(p.name for p in tmp_path.iterdir()) == before, "a refused directory is not written to"
 
 
+@pytest.mark.alone
 def test_a_second_opening_is_locked_until_the_first_ends(tmp_path: Path) -> None:
     first = Engine(Settings(), str(tmp_path))
     began = time.monotonic()

@@ -385,7 +385,12 @@ class TestSetup:
         self.calls(tree)
         done = run(*check, cwd=tmp_path)
         assert done.returncode == 1
-        assert self.calls(tree) == ["ruff format --check .", "ruff check .", "mypy ", "python -m pytest -k some test"]
+        assert self.calls(tree) == [
+            "ruff format --check .",
+            "ruff check .",
+            "mypy ",
+            "python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -k some test",
+        ]
         verdicts = [line.split()[:2] for line in done.stdout.partition("== summary")[2].strip().splitlines()]
         assert verdicts == [
             ["format", "passed"], ["lint", "passed"], ["imports", "FAILED"], ["types", "passed"], ["tests", "passed"]

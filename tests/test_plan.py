@@ -87,6 +87,7 @@ def test_a_cache_takes_the_settings_and_holds_such_a_context(tmp_path: Path, hos
         assert used["ssd"].used <= next(p.nbytes for p in found.parts if p.where == "ssd") * 1.2 + (64 << 20)
 
 
+@pytest.mark.alone
 def test_the_command_answers_in_a_second_and_writes_settings(tmp_path: Path) -> None:
     out, began = tmp_path / "s.toml", time.perf_counter()
     words = ("plan", "--model", "llama-3.1-8b", "--context", "128K", "--host-memory", "24GiB", "--ssd", "1TiB")

@@ -184,6 +184,7 @@ def child(path: Path, root: Path) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_second_writer_is_refused_at_once_and_takes_over_when_the_first_is_killed(tmp_path: Path, root: Path) -> None:
     with child(tmp_path, root) as other:
         began = time.perf_counter()

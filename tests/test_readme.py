@@ -46,7 +46,7 @@ def test_the_example_runs(root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "book.txt").write_text("the quick brown fox jumps over a lazy dog " * 60)
     code = python_block((root / "README.md").read_text())
     assert len(code.splitlines()) <= 9
-    code = code.replace("meta-llama/Llama-3.2-1B", str(tmp_path)).replace('open("book.txt")', 'Path("book.txt")')
+    code = code.replace("Qwen/Qwen2.5-0.5B", str(tmp_path)).replace('open("book.txt")', 'Path("book.txt")')
     code = code.replace(".read()", ".read_text()")
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"Path": Path}

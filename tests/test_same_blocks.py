@@ -141,6 +141,7 @@ def replayed(trace: Path, s: Settings, told: list[Asked]) -> list[list[Asked]]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.parametrize(
     "changes",
     [

@@ -119,6 +119,7 @@ def probes(path: Path, length: int, count: int) -> float:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.alone
 @pytest.mark.parametrize("length", LENGTHS if PROBES else LENGTHS[-1:])
 def test_times_tell_nothing_about_another_tenant(tmp_path: Path, length: int) -> None:
     found = probes(tmp_path, length, PROBES or 400)

@@ -89,6 +89,7 @@ _ROPE = {"rope_theta": 1e4, "rope_type": "default"}
 
 OWN: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
+    "blt": {"encoder_hash_byte_group_vocab": 97},
     "cohere_compass_text": {
         "num_hidden_layers": 2,
         "layer_types": ["sliding_attention", "full_attention"],
