@@ -42,4 +42,5 @@ def _queues(engine: Engine) -> Queues:
         book, slot = mover.ledger, mover.host.slot_bytes
         writing = book.writing_count()
         unsafe = book.unsafe_count()
-        return Queues(book.fetching_count() * slot, writing * slot, (unsafe - writing) * slot, mover.waiting)
+        dirty, pinned = (unsafe - writing) * slot, book.pinned_count() * slot
+        return Queues(book.fetching_count() * slot, writing * slot, dirty, mover.waiting, pinned)

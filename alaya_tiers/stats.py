@@ -39,13 +39,15 @@ class Queues:
     """What is under way at this moment, in bytes of whole blocks.
 
     reading: on their way from ssd. writing: on their way to it. dirty: in host memory, not on ssd, and waiting to be
-    written. waiting: how many calls sleep until one of these gets smaller.
+    written. waiting: how many calls sleep until one of these gets smaller. pinned: being read by attention, copied or
+    coded, and not to be moved meanwhile; what stays between steps was left by a mistake.
     """
 
     reading: int = 0
     writing: int = 0
     dirty: int = 0
     waiting: int = 0
+    pinned: int = 0
 
 
 @dataclass(slots=True)
