@@ -13,7 +13,16 @@ _UNITS = {"": 1, "b": 1}
 _UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
 _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
 
-RATES = ("bus_rate", "device_rate", "read_rate", "scan_rate", "ssd_rate", "pick_seconds", "page_seconds")
+RATES = (
+    "bus_rate",
+    "device_rate",
+    "read_rate",
+    "scan_rate",
+    "ssd_rate",
+    "look_seconds",
+    "pick_seconds",
+    "page_seconds",
+)
 
 SIZES = (
     "device_budget", "host_budget", "ssd_budget", "write_budget", "batch_bytes", "index_budget", "device_index_budget",
@@ -84,9 +93,10 @@ class Settings:
         what fits, and the statistics tell what that left out. None = as long as the keys within reach take.
     bus_rate, device_rate: with a GPU, bytes a second from host memory to it, and of KV that it attends. With read_rate
         they decide how many blocks of the host tier are brought to the GPU for a step and how many the CPU attends.
-    read_rate, scan_rate, ssd_rate, pick_seconds, page_seconds: what the optimizer of sparse mode believes of this
-        machine: bytes a second of KV in memory, numbers of codes, bytes of the disk, and seconds for a key picked
-        singly, all threads together, and for a page of 4 KiB read singly from the disk, many under way.
+    read_rate, scan_rate, ssd_rate, look_seconds, pick_seconds, page_seconds: what the optimizer of sparse mode believes
+        of this machine: bytes a second of KV in memory, numbers of codes, bytes of the disk, and seconds for a layer in
+        which heads look for keys, beside codes and keys, for a key picked singly, all threads together, and for a page
+        of 4 KiB read singly from the disk, many under way. ``alaya-tiers profile`` measures them.
     block_tokens: tokens of one block, a power of two.
     segment_tokens: tokens of one segment (one file per layer), a power of two, at least block_tokens.
     sink_tokens: first tokens of the context that the device tier prefers to keep.
@@ -130,6 +140,7 @@ class Settings:
     read_rate: float = 30e9
     scan_rate: float = 16e9
     ssd_rate: float = 1.5e9
+    look_seconds: float = 2e-3
     pick_seconds: float = 100e-9
     page_seconds: float = 15e-6
     block_tokens: int = 256

@@ -32,7 +32,8 @@ class Rates:
     """What the machine does, all threads together.
 
     read, ssd: bytes a second of K and V in memory, and from the disk. scan: numbers of codes a second, whatever their
-    bits. pick: seconds of a key found singly. page: seconds of a page read singly from the disk, many under way.
+    bits. pick: seconds of a key found singly. page: seconds of a page read singly from the disk, many under way. look:
+    seconds of each head that looks, beside its codes and keys.
     """
 
     read: float
@@ -40,6 +41,7 @@ class Rates:
     pick: float
     ssd: float
     page: float = 15e-6
+    look: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Step:
 
     def scan(self, rates: Rates) -> float:
         """Seconds for the window and the codes."""
-        return self.window / rates.read + self.codes / rates.scan
+        return rates.look + self.window / rates.read + self.codes / rates.scan
 
     def picks(self, found: Heads, rates: Rates) -> Heads:
         """Seconds for so many keys found singly, each in a page of its own, or a block while there are blocks."""
@@ -99,8 +101,8 @@ class Choice(NamedTuple):
 class History:
     """What the kv heads of a layer needed lately, and the plan of its next step.
 
-    A head with so many keys within reach that reading all in order is faster does so, and is asked again after
-    ``pause`` steps, each time twice as many.
+    Where reading all in order is faster than to scan, whatever is found, nobody looks. A head with so many keys within
+    reach that it is faster does so too, and is asked again after ``pause`` steps, each time twice as many.
     """
 
     def __init__(self, heads: int) -> None:
@@ -127,6 +129,7 @@ class History:
             self.pause, self.left, self._primed = dear * PRIMED_PAUSE, dear * PRIMED_PAUSE, False
         look = self.left == 0
         self.left[~look] -= 1
+        look &= step.scan(rates) < step.flat(rates)
         if target is not None:
             least = step.most(target / look.size, rates)
             most = least if most is None else min(most, least)

@@ -298,7 +298,20 @@ class TestCommand:
 
 def test_sparse_attention_is_measured_beside_exact(tmp_path: Path) -> None:
     out = tmp_path / "attention.json"
-    command = ["attention", "--contexts", "4K", "--layers", "1", "--kv-heads", "2", "--quick", "--json", str(out)]
+    command = [
+        "attention",
+        "--contexts",
+        "4K",
+        "--layers",
+        "1",
+        "--kv-heads",
+        "2",
+        "--quick",
+        "--json",
+        str(out),
+        "--look-seconds",
+        "1e-9",
+    ]
     result = CliRunner().invoke(cli.app, ["bench", *command])
     assert result.exit_code == 0, result.output
     (row,) = json.loads(out.read_text())["rows"]

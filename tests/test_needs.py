@@ -20,7 +20,14 @@ from alaya_tiers.needs import REACHES, STEP, Needs, Samples, counted
 from tests.test_indexed import IDS, LAYERS, TOKENS, opened
 
 ALPHA = 0.01
-RATES = {"alpha": ALPHA, "read_rate": 1e9, "scan_rate": 1e9, "pick_seconds": 1e-7, "page_seconds": 1e-8}
+RATES = {
+    "alpha": ALPHA,
+    "read_rate": 1e9,
+    "scan_rate": 1e9,
+    "pick_seconds": 1e-7,
+    "page_seconds": 1e-8,
+    "look_seconds": 1e-9,
+}
 """A machine on which looking pays for heads that need a few keys, and not for those that need all."""
 
 

@@ -84,7 +84,7 @@ def test_too_few_keys_lose_answers(subject: tuple[Any, Tasks], asked: dict[str, 
     """What is measured can fail: without any key beyond the window nothing far away is recalled."""
     model, _ = subject
     full = quality.score(model, asked["pairs"], FULL, "pairs", TOKENS)
-    none = Way("none", {"mode": "sparse", "alpha": 1.0, "most_selected": 0})
+    none = Way("none", quality.SPARSE | {"alpha": 1.0, "most_selected": 0})
     assert quality.score(model, asked["pairs"], none, "pairs", TOKENS).as_dict(full)["lost"] >= 6
 
 

@@ -317,10 +317,23 @@ def test_each_head_has_a_plan_of_its_own_and_explains_it() -> None:
         assert cache.explain().as_dict()["predicted"] == cache.explain().layers[0].predicted
 
 
+@pytest.mark.parametrize(("look_seconds", "plan"), [(1e-9, "2 codes (DIPR)"), (1.0, "2 flat")])
+def test_nobody_looks_where_to_look_takes_longer_than_to_read(look_seconds: float, plan: str) -> None:
+    k, v = kv(2000)
+    q = 12 * torch.randn(1, 8, 1, 16)
+    rates = {"read_rate": 1e9, "scan_rate": 1e12, "pick_seconds": 1e-9, "look_seconds": look_seconds}
+    with filled(k, v, **rates) as cache:
+        for _ in range(2):
+            got = ask(cache.session, q)
+            if look_seconds == 1.0:
+                torch.testing.assert_close(got.double(), truth(k, v, q), atol=1e-5, rtol=1e-4)
+            assert cache.explain().layers[0].plan == plan
+
+
 def test_a_target_of_time_cuts_what_is_selected_and_says_so() -> None:
     k, v = kv(2000)
     q = 0.3 * torch.randn(1, 8, 1, 16)
-    rates = {"read_rate": 1e9, "scan_rate": 1e9, "pick_seconds": 1e-7}
+    rates = {"read_rate": 1e9, "scan_rate": 1e9, "pick_seconds": 1e-7, "look_seconds": 1e-9}
     with filled(k, v, attention_target=5e-4, **rates) as cache:
         ask(cache.session, q)
         plans = cache.explain().layers[0]
@@ -474,15 +487,18 @@ def test_a_model_with_latents_decodes_sparsely() -> None:
     torch.testing.assert_close(got, want, atol=2e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("read_rate", [1.0, 1e12], ids=["look deeper", "read everything"])
-def test_heads_attend_to_the_share_that_is_asked_for(read_rate: float) -> None:
+@pytest.mark.parametrize(
+    ("read_rate", "pick_seconds"), [(1.0, 1e-12), (1e12, 2e-10)], ids=["look deeper", "read everything"]
+)
+def test_heads_attend_to_the_share_that_is_asked_for(read_rate: float, pick_seconds: float) -> None:
     """Keys that all matter a little: alpha alone leaves most of them to the estimate."""
     k, v = kv(2000)
     q = 1.5 * torch.randn(1, 8, 1, 16)
-    with filled(k, v, alpha=0.3, least_mass=0.0, measure_mass=True, read_rate=read_rate, pick_seconds=1e-12) as cache:
+    rates = {"read_rate": read_rate, "pick_seconds": pick_seconds, "scan_rate": 1e15, "look_seconds": 1e-12}
+    with filled(k, v, alpha=0.3, least_mass=0.0, measure_mass=True, **rates) as cache:
         ask(cache.session, q)
         assert used(cache).true_least < 0.5
-    with filled(k, v, alpha=0.3, least_mass=0.8, measure_mass=True, read_rate=read_rate, pick_seconds=1e-12) as cache:
+    with filled(k, v, alpha=0.3, least_mass=0.8, measure_mass=True, **rates) as cache:
         for step in range(2):
             cache.session.engine.sparse = SparseUse()
             got, want = ask(cache.session, q), truth(k, v, q)

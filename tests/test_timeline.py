@@ -41,7 +41,7 @@ def test_a_step_is_model_attention_index_and_waiting() -> None:
 @pytest.mark.parametrize("mode", ["exact", "sparse"])
 def test_everything_is_seen_and_put_back(tmp_path: Path, mode: str) -> None:
     scan = vars(sparse)["scan"]
-    found = timeline.run(TINY, 4096, 8.0, 4, mode, 3.0, str(tmp_path), None)
+    found = timeline.run(TINY, 16_384, 8.0, 4, mode, 3.0, str(tmp_path), None)
     assert vars(sparse)["scan"] is scan
     whats = {s.what for s in found.spans}
     assert {STEP, ATTENTION, WAIT, READ} <= whats

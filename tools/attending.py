@@ -74,8 +74,6 @@ class Attending:
             eviction, guess = by_name(EVICTION, settings.eviction_of_pages), by_name(GUESS, settings.guess)
             share, ahead = settings.page_share, settings.prefetch_share
             self.pages = Pages(mover, eviction, guess, share, ahead, Clock(loop), submit)
-        rates = (settings.read_rate, settings.scan_rate, settings.pick_seconds, settings.ssd_rate)
-        self._rates = Rates(*rates, settings.page_seconds)
 
     async def read(self, part: Part, read: Read, mine: list[Part]) -> None:
         """One attention of a layer. mine: all layers of the session, in order."""
@@ -123,8 +121,14 @@ class Attending:
         )  # fmt: skip
         target = self.settings.attention_target
         target = None if target is None else target / len(self.mover.shapes)
-        look, _ = part.history.plan(step, self._rates, target, self.settings.most_selected)
+        look, _ = part.history.plan(step, self._rates(part), target, self.settings.most_selected)
         return np.flatnonzero(look), step
+
+    def _rates(self, part: Part) -> Rates:
+        """What the engine's optimizer would believe."""
+        s = self.settings
+        look = s.look_seconds / part.heads
+        return Rates(s.read_rate, s.scan_rate, s.pick_seconds, s.ssd_rate, s.page_seconds, look)
 
     async def _look(
         self,
@@ -140,7 +144,7 @@ class Attending:
         A head that read everything when the run was recorded does so here: what it would find is not known.
         """
         sizes, dear = np.full(part.heads, float(part.tokens)), np.zeros(part.heads, bool)
-        going, unknown = set(looked.tolist()), set(found.flat)
+        going, unknown, rates = set(looked.tolist()), set(found.flat), self._rates(part)
         for number, look in enumerate(found.looks):
             here = going.intersection(look.heads)
             numbers = step.codes * (len(here) if number else looked.size)
@@ -150,11 +154,11 @@ class Attending:
             for head, some in zip(look.heads, look.positions, strict=True):
                 sizes[head] = some.size if some.size or head not in unknown else part.tokens
             mine = np.array(sorted(here), np.intp)
-            dear[mine] = step.dear(sizes[mine], self._rates)
+            dear[mine] = step.dear(sizes[mine], rates)
             going -= set(mine[dear[mine]].tolist())
             await self._pick(part, look.heads, look.positions, going, middle, shape, note=True)
         dear[list(unknown)] = True
-        part.history.judge(sizes[looked], dear[looked], step, self._rates)
+        part.history.judge(sizes[looked], dear[looked], step, rates)
         return dear[looked]
 
     async def _pick(

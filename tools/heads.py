@@ -35,6 +35,7 @@ Say = Callable[[str], None]
 
 CHUNK = 16_384
 TOPICS = 64
+LOOK = Settings().look_seconds
 
 HEADS: dict[str, float] = {"sharp": 6.0, "medium": 3.0, "diffuse": 1.0}
 """Standard deviation of a head's scores: 6 puts nearly all mass on a few keys, 1 spreads it over thousands."""
@@ -60,6 +61,7 @@ class Plan:
     bits: int = 4
     sure: float = 2.0
     most: int | None = None
+    look_seconds: float = LOOK
     passages: bool = False
     steps: int = 15
     memory_bytes: int = 1 << 30
@@ -191,7 +193,7 @@ def _row(plan: Plan, heads: Heads, tokens: int, say: Say) -> Row:
     room = kv_bytes + (64 << 20)
     settings = Settings(
         device_budget=room, host_budget=64 << 20, mode="sparse", alpha=plan.alpha, index_bits=plan.bits,
-        index_sure=plan.sure, most_selected=plan.most,
+        index_sure=plan.sure, most_selected=plan.most, look_seconds=plan.look_seconds,
     )  # fmt: skip
     engine = Engine(settings)
     try:
@@ -311,6 +313,9 @@ def command(
     bits: Annotated[int, typer.Option(help="Of a coded number: 4 or 8.")] = 4,
     sure: Annotated[float, typer.Option(help="Deviations allowed for; 0: provably complete.")] = 2.0,
     most: Annotated[int | None, typer.Option(help="Keys a kv head at most.")] = None,
+    look_seconds: Annotated[
+        float, typer.Option(help="That the optimizer believes a look takes; next to nothing: heads look in any case.")
+    ] = LOOK,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     layers: int = 4,
     kv_heads: int = 4,
@@ -325,8 +330,8 @@ def command(
     with one_line_errors(errors):
         plan = Plan(
             contexts=parse_contexts(contexts), kv_heads=kv_heads, group=group, head_dim=head_dim, layers=layers,
-            dtype=dtype, alpha=alpha, bits=bits, sure=sure, most=most, steps=1 if quick else steps,
-            memory_bytes=8 << 20 if quick else 1 << 30,
+            dtype=dtype, alpha=alpha, bits=bits, sure=sure, most=most, look_seconds=look_seconds,
+            steps=1 if quick else steps, memory_bytes=8 << 20 if quick else 1 << 30,
         )  # fmt: skip
         with errors.status("memory") as status:
             found = run(plan, status.update)

@@ -110,7 +110,7 @@ class Profile:
         """The same as settings of a cache."""
         rates = self.rates(dtype, dim)
         named = {"read_rate": rates.read, "scan_rate": rates.scan, "ssd_rate": rates.ssd, "pick_seconds": rates.pick}
-        named["page_seconds"] = rates.page
+        named |= {"page_seconds": rates.page, "look_seconds": max(1e-6, self.look)}
         return {name: float(f"{value:.3g}") for name, value in named.items()}
 
     def machine(self, layers: int) -> dict[str, float]:
