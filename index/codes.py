@@ -279,7 +279,8 @@ def scan(
     if rows > MOST_ROWS or layout.dims > most_dims:
         raise InputError(f"a scan takes {MOST_ROWS} queries of {most_dims} numbers at most, got {rows} of {k_dim}")
     rotated = torch.zeros(heads, rows, layout.dims)
-    rotated[..., :k_dim] = q.detach().to("cpu", torch.float32) @ rotation(k_dim)
+    flat = q.detach().to("cpu", torch.float32).reshape(-1, k_dim)
+    rotated[..., :k_dim] = torch.from_numpy(flat.numpy() @ rotation(k_dim).numpy()).view(heads, rows, k_dim)
     start = torch.full((heads, rows), -torch.inf) if seed is None else seed.float().contiguous()
     far = np.full(heads, reach.distance) if distances is None else distances
     ask = Ask(
