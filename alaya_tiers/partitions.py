@@ -303,10 +303,9 @@ class Partitions:
         """
         source, layer = promise
         with self._mover.lock:
-            found = self._promises.of(first[self._promises.holds(first, promise)])
-            if not found:
+            first, runs = self._promises.still(first, promise)
+            if not first.size:
                 return True
-            [(_, first, runs)] = found
             layout = self.layout_of(layer)
             if not source.fits(layer, heads, layout) or (self._arena and layout.nbytes > self._arena.slot_bytes):
                 self._promises.forget(first)

@@ -51,6 +51,12 @@ class Promises(Generic[S]):
         parts = np.split(first, 1 + np.flatnonzero(np.diff(self._number[first]))) if first.size else []
         return [(self._made[int(self._number[some[0]])][0], some, self._run[some]) for some in parts]
 
+    def still(self, first: Runs, promise: Promise[S]) -> tuple[Runs, npt.NDArray[np.int32]]:
+        """The runs that this was promised of, in the order of their numbers in the source, and these numbers."""
+        first = first[self.holds(first, promise)]
+        first = first[np.argsort(self._run[first], kind="stable")]
+        return first, self._run[first]
+
     def holds(self, first: Runs, promise: Promise[S] | None = None) -> npt.NDArray[np.bool_]:
         """Of which runs something was promised, or this. bool [n]."""
         numbers = self._numbers(first)

@@ -35,3 +35,14 @@ def test_they_say_what_a_dict_would() -> None:
     promises.forget(np.arange(10_000))
     assert not promises
     assert promises.of(np.arange(10_000)) == []
+
+
+def test_what_is_promised_twice_is_one_promise() -> None:
+    """Two sequences of one stored context: the same codes for different blocks."""
+    promises, promise = Promises[str](), Promise("source", 1)
+    promises.add(promise, np.array([8, 0]), np.array([1, 0]))
+    promises.add(Promise("source", 1), np.array([16, 24]), np.array([0, 2]))
+    promises.add(Promise("another", 1), np.array([32]), np.array([0]))
+    promises.forget(np.array([8]))
+    first, runs = promises.still(np.array([24, 8, 0, 16, 32]), promise)
+    assert list(zip(first.tolist(), runs.tolist(), strict=True)) == [(0, 0), (16, 0), (24, 2)]
