@@ -280,7 +280,7 @@ class Partitions:
         """Put codes that were kept of these runs where codes are, as far as there is room."""
         with self._mover.lock:
             wanted = self._promises.of(first)
-        for promise, some, _ in wanted:
+        for promise, some in wanted:
             if not self._fetch(promise, some, heads):
                 return
 

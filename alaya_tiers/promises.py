@@ -44,12 +44,11 @@ class Promises(Generic[S]):
         self._made[self._next] = promise, first.size
         self._next += 1
 
-    def of(self, first: Runs) -> list[tuple[Promise[S], Runs, npt.NDArray[np.int32]]]:
-        """By promise: runs, in the order of their numbers in the source, and these numbers. Others are left out."""
+    def of(self, first: Runs) -> list[tuple[Promise[S], Runs]]:
+        """By promise: runs. Others are left out."""
         first = first[self.holds(first)]
-        first = first[np.lexsort((self._run[first], self._number[first]))]
-        parts = np.split(first, 1 + np.flatnonzero(np.diff(self._number[first]))) if first.size else []
-        return [(self._made[int(self._number[some[0]])][0], some, self._run[some]) for some in parts]
+        numbers = self._number[first]
+        return [(self._made[number][0], first[numbers == number]) for number in np.unique(numbers).tolist()]
 
     def still(self, first: Runs, promise: Promise[S]) -> tuple[Runs, npt.NDArray[np.int32]]:
         """The runs that this was promised of, in the order of their numbers in the source, and these numbers."""

@@ -27,7 +27,8 @@ def test_they_say_what_a_dict_would() -> None:
                 wanted.setdefault(model[block][0], []).append((model[block][1], block))
         found = promises.of(asked)
         assert len(found) == len(wanted)
-        for promise, some, runs_of_some in found:
+        for promise, some in found:
+            some, runs_of_some = promises.still(some, promise)
             assert list(zip(runs_of_some.tolist(), some.tolist(), strict=True)) == sorted(wanted[promise])
             same = [model.get(block, (None,))[0] == promise for block in asked.tolist()]
             assert promises.holds(asked, promise).tolist() == same
