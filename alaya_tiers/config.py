@@ -14,15 +14,8 @@ _UNITS |= {f"{p}b": 1000 ** (i + 1) for i, p in enumerate("kmgt")}
 _UNITS |= {f"{p}ib": 1024 ** (i + 1) for i, p in enumerate("kmgt")}
 
 RATES = (
-    "bus_rate",
-    "device_rate",
-    "read_rate",
-    "scan_rate",
-    "ssd_rate",
-    "look_seconds",
-    "pick_seconds",
-    "page_seconds",
-)
+    "bus_rate", "device_rate", "read_rate", "scan_rate", "ssd_rate", "look_seconds", "pick_seconds", "page_seconds",
+)  # fmt: skip
 
 SIZES = (
     "device_budget", "host_budget", "ssd_budget", "write_budget", "batch_bytes", "index_budget", "device_index_budget",

@@ -30,15 +30,7 @@ def pages_in(nbytes: int) -> int:
 
 def pages_at(addresses: npt.NDArray[np.int64], nbytes: int) -> Digests:
     """Digests of the pages of blocks in memory, uint64 [n, pages]. addresses: int64 [n]; nbytes: of each."""
-    out = np.empty((len(addresses), pages_in(nbytes)), np.uint64)
-    if (hash_function := _xxh3()) is not None:
-        kernel.digest(hash_function, np.ascontiguousarray(addresses), nbytes, PAGE, out)
-        return out
-    for row, address in zip(out, addresses.tolist(), strict=True):
-        for i, at in enumerate(range(0, nbytes, PAGE)):
-            part = (ctypes.c_char * min(PAGE, nbytes - at)).from_address(address + at)
-            row[i] = xxhash.xxh3_64_intdigest(part)
-    return out
+    return _pieces_at(addresses, nbytes, PAGE)
 
 
 def pages_of(data: bytes | bytearray | memoryview) -> Digests:
@@ -49,18 +41,27 @@ def pages_of(data: bytes | bytearray | memoryview) -> Digests:
 
 def of_rows(rows: npt.NDArray[np.uint8]) -> Digests:
     """xxh3-64 of each row, uint64 [n]. rows: [n, bytes], contiguous."""
-    out, (n, nbytes) = np.empty(len(rows), np.uint64), rows.shape
-    if (hash_function := _xxh3()) is not None and n:
-        kernel.digest(hash_function, rows.ctypes.data + np.arange(n) * nbytes, nbytes, nbytes, out)
-        return out
-    out[:] = [xxhash.xxh3_64_intdigest(row.data) for row in rows]
-    return out
+    n, nbytes = rows.shape
+    return _pieces_at(rows.ctypes.data + np.arange(n) * nbytes, nbytes, nbytes)[:, 0]
 
 
 def of_pages(pages: Digests) -> Digests:
     """Digests of blocks, uint64 [n]. pages: uint64 [n, pages of each]."""
     rows = np.ascontiguousarray(pages, "<u8")
     return np.array([xxhash.xxh3_64_intdigest(row) for row in rows], np.uint64)
+
+
+def _pieces_at(addresses: npt.NDArray[np.int64], nbytes: int, piece: int) -> Digests:
+    """Digests of every ``piece`` bytes of what lies in memory, uint64 [n, pieces]; nbytes: of each, not 0."""
+    out = np.empty((len(addresses), -(-nbytes // piece)), np.uint64)
+    if (hash_function := _xxh3()) is not None:
+        kernel.digest(hash_function, np.ascontiguousarray(addresses), nbytes, piece, out)
+        return out
+    for row, address in zip(out, addresses.tolist(), strict=True):
+        for i, at in enumerate(range(0, nbytes, piece)):
+            part = (ctypes.c_char * min(piece, nbytes - at)).from_address(address + at)
+            row[i] = xxhash.xxh3_64_intdigest(part)
+    return out
 
 
 @cache

@@ -659,14 +659,17 @@ static void NAME(means)(const scan *f, int64_t head, int64_t piece)
     }
 }
 
-/* Of the present block: an error is at most wide x scale + slack. */
+/* What a row's scores with a block may be off: at most wide x scale + slack. */
+INLINE void NAME(error_of)(const scan *f, int64_t hr, const float *block, float *wide, float *slack)
+{
+    const float norm = f->sure * f->q_norm[hr];
+    *wide = norm * block[RATIO] + f->q_error[hr] * block[NORM];
+    *slack = norm * block[SLACK];
+}
+
 INLINE void NAME(errors_of)(const scan *f, int64_t head, const float *block, float *wide, float *slack)
 {
-    for (int64_t r = 0, hr = head * f->rows; r < f->rows; r++, hr++) {
-        const float norm = f->sure * f->q_norm[hr];
-        wide[r] = norm * block[RATIO] + f->q_error[hr] * block[NORM];
-        slack[r] = norm * block[SLACK];
-    }
+    for (int64_t r = 0; r < f->rows; r++) NAME(error_of)(f, head * f->rows + r, block, wide + r, slack + r);
 }
 
 /* Scales of LANES tokens of a block from t on, and their scores but for the block's offset, each row's in units of its own. */
@@ -686,15 +689,16 @@ INLINE void NAME(look_into)(const scan *f, int64_t head, int64_t r, int64_t b)
 {
     const int64_t hr = head * f->rows + r, code_bytes = f->dims * f->bits / 8 * LANES;
     const float *block = block_of(f, head, b), offset = f->offset[(head * f->n + b) * f->rows + r];
-    const float norm = f->sure * f->q_norm[hr], wide = norm * block[RATIO] + f->q_error[hr] * block[NORM];
     const uint8_t *codes = (const uint8_t *)block + f->codes_at;
     const int32_t from = f->first[b], to = from + f->count[b];
+    float wide, slack;
+    NAME(error_of)(f, hr, block, &wide, &slack);
     for (int32_t t = from / LANES * LANES; t < to; t += LANES) {
         float x[1][LANES], scales[LANES];
         NAME(unpack)(levels_of(f, block) + t / 2, block[LOW], block[STEP], scales);
         NAME(dots_row)(f, codes + t / LANES * code_bytes, f->q8 + hr * 2 * f->dims, f->q_sum + hr, x);
         for (int i = from > t ? from - t : 0; i < LANES && t + i < to; i++) {
-            float sure = x[0][i] * f->q_unit[hr] * scales[i] + offset - (wide * scales[i] + norm * block[SLACK]);
+            float sure = x[0][i] * f->q_unit[hr] * scales[i] + offset - (wide * scales[i] + slack);
             if (sure > f->bar[hr]) f->bar[hr] = sure;
         }
     }

@@ -234,8 +234,7 @@ def _step(state: Layer, row: Row, outside: Spans, middle: Spans, layout: Layout,
 def _rates(state: Layer, row: Row, middle: Spans) -> Rates:
     """What reading costs: blocks in a device's memory are read and picked from at its speed."""
     s, mover = state.engine.settings, state.engine.mover
-    look = s.look_seconds / state.shape.geometry.kv_heads
-    rates = Rates(s.read_rate, s.scan_rate, s.pick_seconds, s.ssd_rate, s.page_seconds, look)
+    rates = Rates.believed(s, state.shape.geometry.kv_heads)
     if mover.lanes.device.on_cpu:
         return rates
     near = float((mover.ledger.device[state.ids(row.first[middle.run])] >= 0).mean())

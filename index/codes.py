@@ -160,18 +160,24 @@ def _levels(needed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return low, step, ((needed - low) / step).ceil_().clamp_(0, LEVELS - 1)
 
 
+def _rotated(q: Tensor, layout: Layout) -> Tensor:
+    """Queries as codes are, float32 [heads, rows, layout.dims]. By numpy: torch would wake its threads for it."""
+    heads, rows, k_dim = q.shape
+    flat, found = q.detach().to("cpu", torch.float32).reshape(-1, k_dim), torch.zeros(heads, rows, layout.dims)
+    found[..., :k_dim] = torch.from_numpy(flat.numpy() @ rotation(k_dim).numpy()).view(q.shape)
+    return found
+
+
 def mean_scores(q: Tensor, blocks: npt.NDArray[np.int64], layout: Layout) -> Tensor:
     """The most that a query scores with each block's mean key, unscaled. q: [heads, rows, k_dim]; blocks: int64
     [heads, n], address of each coded block. float32 [heads, n].
     """
-    rotated = torch.zeros(*q.shape[:2], layout.dims)
-    rotated[..., : layout.k_dim] = q.detach().to("cpu", torch.float32) @ rotation(layout.k_dim)
     heads = np.empty((blocks.size, 4 * HEAD + layout.dims), np.uint8)
     to = heads.ctypes.data + np.arange(blocks.size) * heads.shape[1]
     kernel.copy(np.ascontiguousarray(blocks).ravel(), to, np.full(blocks.size, heads.shape[1]), 1)
     unit = heads[:, 4 * K_UNIT : 4 * K_UNIT + 4].copy().view(np.float32)
     means = torch.from_numpy(heads[:, 4 * HEAD :].view(np.int8) * unit).view(*blocks.shape, -1)
-    return torch.amax(rotated @ means.mT, 1)
+    return torch.amax(_rotated(q, layout) @ means.mT, 1)
 
 
 class Scan(NamedTuple):
@@ -278,13 +284,10 @@ def scan(
     most_dims = MOST_DIMS[layout.bits]
     if rows > MOST_ROWS or layout.dims > most_dims:
         raise InputError(f"a scan takes {MOST_ROWS} queries of {most_dims} numbers at most, got {rows} of {k_dim}")
-    rotated = torch.zeros(heads, rows, layout.dims)
-    flat = q.detach().to("cpu", torch.float32).reshape(-1, k_dim)
-    rotated[..., :k_dim] = torch.from_numpy(flat.numpy() @ rotation(k_dim).numpy()).view(heads, rows, k_dim)
     start = torch.full((heads, rows), -torch.inf) if seed is None else seed.float().contiguous()
     far = np.full(heads, reach.distance) if distances is None else distances
     ask = Ask(
-        rotated, np.ascontiguousarray(blocks), first, count, start, far.astype(np.float32),
+        _rotated(q, layout), np.ascontiguousarray(blocks), first, count, start, far.astype(np.float32),
         (layout.dims, layout.v_dim, layout.rows, layout.bits, layout.codes_at),
         (scale, softcap or 0.0, reach.margin(k_dim)), reach.most,
     )  # fmt: skip

@@ -8,12 +8,16 @@ A step's cost is predicted from bytes and the machine's rates, and from how many
 Source: AlayaDB (arXiv 2504.10326), 6.2, has rules here; a cost model is what it leaves open.
 """
 
+from __future__ import annotations
+
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+
+from alaya_tiers.config import Settings
 
 Heads = npt.NDArray[np.float64]
 
@@ -42,6 +46,13 @@ class Rates:
     ssd: float
     page: float = 15e-6
     look: float = 0.0
+
+    @classmethod
+    def believed(cls, settings: Settings, heads: int) -> Rates:
+        """What the settings say of this machine, for a layer of so many kv heads."""
+        s = settings
+        look = s.look_seconds / heads
+        return cls(s.read_rate, s.scan_rate, s.pick_seconds, s.ssd_rate, s.page_seconds, look)
 
 
 @dataclass(frozen=True, slots=True)

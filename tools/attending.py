@@ -121,14 +121,10 @@ class Attending:
         )  # fmt: skip
         target = self.settings.attention_target
         target = None if target is None else target / len(self.mover.shapes)
-        look, _ = part.history.plan(step, self._rates(part), target, self.settings.most_selected)
+        look, _ = part.history.plan(
+            step, Rates.believed(self.settings, part.heads), target, self.settings.most_selected
+        )
         return np.flatnonzero(look), step
-
-    def _rates(self, part: Part) -> Rates:
-        """What the engine's optimizer would believe."""
-        s = self.settings
-        look = s.look_seconds / part.heads
-        return Rates(s.read_rate, s.scan_rate, s.pick_seconds, s.ssd_rate, s.page_seconds, look)
 
     async def _look(
         self,
@@ -144,7 +140,7 @@ class Attending:
         A head that read everything when the run was recorded does so here: what it would find is not known.
         """
         sizes, dear = np.full(part.heads, float(part.tokens)), np.zeros(part.heads, bool)
-        going, unknown, rates = set(looked.tolist()), set(found.flat), self._rates(part)
+        going, unknown, rates = set(looked.tolist()), set(found.flat), Rates.believed(self.settings, part.heads)
         for number, look in enumerate(found.looks):
             here = going.intersection(look.heads)
             numbers = step.codes * (len(here) if number else looked.size)
