@@ -243,15 +243,23 @@ class Session:
         self.engine.check_open()
         self.engine.flush(self._contexts)
 
-    def build_index(self, say: Callable[[int, int], None] = lambda done, all_of_them: None) -> None:
+    def build_index(
+        self,
+        say: Callable[[int, int], None] = lambda done, all_of_them: None,
+        *,
+        ends: Sequence[int] = (),
+        made: Callable[[int], None] = lambda part: None,
+    ) -> None:
         """In sparse mode: make now what idle time has not made yet of the index, reading what is not in memory.
 
         Nothing needs it: what has no index is attended exactly. It may be interrupted at any point, and goes on from
-        there when called again. say: told how many runs of blocks were tried, of how many. Raises StoreError.
+        there when called again. say: told how many runs of blocks were tried, of how many. ends: tokens, ascending,
+        where parts of the context end, which are made one after the other; made: told the number of each. Raises
+        StoreError.
         """
         self.engine.check_open()
         if self.engine.sparse is not None:
-            sparse.build(list(self.layers.values()), say)
+            sparse.build(list(self.layers.values()), say, ends, made)
             if (recorder := self.engine.recorder) is not None:
                 for state in self.layers.values():
                     recorder.built(state)

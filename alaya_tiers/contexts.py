@@ -184,7 +184,7 @@ class Contexts:
     def index(self, context: str, say: Say = silent) -> None:
         """Make the index of a stored context and keep it, as far as there is none. Raises InputError, StoreError.
 
-        say: told how many runs of blocks are done. It may be interrupted; what it did so far is lost then.
+        say: told how many runs of blocks are done. It may be interrupted or killed: whole segments are kept.
         """
         keeper = self.writing()
         with self._lock:

@@ -87,19 +87,32 @@ class Keeper:
                 store.remove(os.path.join(store.path, name if parent in used else parent))
 
     def index(self, session: Session, parts: Sequence[Part], say: Say = silent) -> None:
-        """Keep the index of segments beside them, where it is not there yet; a failure loses nothing."""
-        store, partitions, bits = self.shelf, self.engine.partitions, self.engine.settings.index_bits
-        session.build_index(say)
-        for part in parts:
-            held = dict(zip(sorted(session.layers), held_by(session, part), strict=True))
-            blocks, heads = {n: first for n, (first, _) in held.items()}, {n: count for n, (_, count) in held.items()}
-            entry = self.manifest.segments.get(part.name)
-            path = store.index_path(part.name)
-            if entry is None or partitions is None or open_index(store.disk, path, entry.digest, bits) is not None:
-                continue
-            save(store.disk, path, entry.digest, blocks, heads, partitions)
+        """Keep the index of segments beside them, where it is not there yet; a failure loses nothing.
+
+        Each is kept as soon as it is made: what is stopped, at any point, goes on with the first that is not there.
+        """
+        by_end = dict[int, list[Part]]()
+        for part in sorted(parts, key=lambda part: part.start):
+            by_end.setdefault(part.start + part.tokens.size, []).append(part)
+        ends = sorted(by_end)
+
+        def keep(number: int) -> None:
+            for part in by_end[ends[number]] if number < len(ends) else ():
+                self._keep(session, part)
+
+        session.build_index(say, ends=ends, made=keep)
 
     # ------------------------------------------------------------------ inside
+    def _keep(self, session: Session, part: Part) -> None:
+        """Keep the index of one segment, if it is stored and has none of these settings."""
+        store, partitions, bits = self.shelf, self.engine.partitions, self.engine.settings.index_bits
+        entry, path = self.manifest.segments.get(part.name), store.index_path(part.name)
+        if entry is None or partitions is None or open_index(store.disk, path, entry.digest, bits) is not None:
+            return
+        held = dict(zip(sorted(session.layers), held_by(session, part), strict=True))
+        blocks, heads = {n: first for n, (first, _) in held.items()}, {n: count for n, (_, count) in held.items()}
+        save(store.disk, path, entry.digest, blocks, heads, partitions)
+
     def _missing(self, parts: dict[str, Part]) -> list[Part]:
         """Those that are not stored, or not whole."""
         again, known = self._again(parts), self.manifest.segments

@@ -12,8 +12,9 @@ out: the reach of the query (``Settings.alpha``) does, and what is left out is e
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from alaya_tiers.config import Settings
 from alaya_tiers.index.codes import MOST_DIMS, MOST_ROWS, Layout, Reach, boundable, scan
 from alaya_tiers.index.plan import History, Rates, Step
 from alaya_tiers.layer import Layer, Row
+from alaya_tiers.ledger import Ids
 from alaya_tiers.listed import Asked, certain, lists, nothing_more
 from alaya_tiers.near import Near, attend_anywhere
 from alaya_tiers.partitions import Partitions
@@ -252,24 +254,40 @@ def _warn_full(s: Settings) -> None:
     )
 
 
-def build(states: list[Layer], say: Callable[[int, int], None]) -> None:
-    """Make all codes that are missing now, reading what is not in memory. say: told (blocks tried, blocks to try)."""
-    todo = []
+def build(
+    states: list[Layer],
+    say: Callable[[int, int], None],
+    ends: Sequence[int] = (),
+    made: Callable[[int], None] = lambda part: None,
+) -> None:
+    """Make all codes that are missing now, reading what is not in memory. say: told (blocks tried, blocks to try).
+
+    ends: tokens, ascending, where parts of the context end: each is made in all layers before the next, and ``made``
+    is told its number.
+    """
+    edges = [0, *ends, max((state.length for state in states), default=0)]
+    parts = [list(_uncoded(states, *part)) for part in pairwise(edges)]
+    done, every = 0, sum(ids.shape[1] for part in parts for *_, ids in part)
+    for number, part in enumerate(parts):
+        for state, partitions, ids in part:
+            for _, here in state.engine.reading(ids, nothing_more):
+                partitions.make_all(here)
+            done += ids.shape[1]
+            say(done, every)
+        made(number)
+
+
+def _uncoded(states: list[Layer], start: int, end: int) -> Iterator[tuple[Layer, Partitions, Ids]]:
+    """Runs of full blocks of these tokens that have no codes, as many as are coded together."""
     for state in states:
-        partitions = state.engine.partitions
+        partitions, size = state.engine.partitions, state.shape.tokens
         assert partitions is not None
         for row in state.rows:
-            first = row.first[: state.length // state.shape.tokens]
+            first = row.first[start // size : min(end, state.length) // size]
             if first.size:
-                coded = partitions.of(state.ids(first)).coded
-                missing, n = first[~coded], partitions.together
-                todo += [(state, partitions, state.ids(missing[i : i + n])) for i in range(0, missing.size, n)]
-    done, every = 0, sum(ids.shape[1] for *_, ids in todo)
-    for state, partitions, ids in todo:
-        for _, here in state.engine.reading(ids, nothing_more):
-            partitions.make_all(here)
-        done += ids.shape[1]
-        say(done, every)
+                missing, n = first[~partitions.of(state.ids(first)).coded], partitions.together
+                for i in range(0, missing.size, n):
+                    yield state, partitions, state.ids(missing[i : i + n])
 
 
 def _note(use: SparseUse, share: Tensor, window: int, found: npt.NDArray[np.int_], visible: int) -> None:

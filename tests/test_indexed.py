@@ -93,6 +93,34 @@ def test_without_its_index_a_context_is_attended_exactly_and_indexed_anew(
         db.build_index(db.contexts()[0].id)
 
 
+@pytest.mark.parametrize("stop", [1, 60, 129])
+def test_building_that_is_stopped_keeps_whole_segments_and_goes_on_after_them(
+    path: Path, kv: list[tuple[Tensor, Tensor]], stop: int
+) -> None:
+    files = indexes(path)
+    whole = [file.read_bytes() for file in files]
+    for file in files:
+        file.unlink()
+    blocks = TOKENS // 16 * LAYERS
+    made = min(stop - 1, TOKENS // 128 * 8 * LAYERS) // (8 * LAYERS)  # segments that were whole before it was stopped
+
+    def stopped(done: int, of: int) -> None:
+        assert of == blocks
+        if done == stop:
+            raise KeyboardInterrupt
+
+    with opened(path) as db, pytest.raises(KeyboardInterrupt):
+        db.build_index(db.contexts()[0].id, say=stopped)
+    assert len(indexes(path)) == made
+    with opened(path) as db:
+        said: list[tuple[int, int]] = []
+        db.build_index(db.contexts()[0].id, say=lambda done, of: said.append((done, of)))
+    assert said[-1] == (blocks - made * 8 * LAYERS,) * 2
+    assert sorted(file.read_bytes() for file in indexes(path)) == sorted(whole)
+    for steps, partitions in ask(path, kv):
+        assert (steps, partitions.seconds) == (8 * LAYERS, 0)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_damaged_index_is_never_believed(path: Path, kv: list[tuple[Tensor, Tensor]], seed: int) -> None:
     """Bytes changed anywhere, files cut, emptied, swapped, replaced by nonsense: answers stay right."""

@@ -258,8 +258,9 @@ class DB:
         """Make the index of a stored context for sparse sessions, and keep it beside the context.
 
         Sparse sessions do so when they are stored. Nothing needs it: idle time makes what is missing, for each opening
-        anew. say: told how many runs of blocks are done, of how many. Raises ConfigError in exact mode, InputError,
-        StoreError.
+        anew. It may be interrupted or killed at any point: segments that are whole are kept, and the next call goes on
+        after them. say: told how many runs of blocks are done, of how many. Raises ConfigError in exact mode,
+        InputError, StoreError.
         """
         self._engine.check_open()
         if self._engine.sparse is None:
