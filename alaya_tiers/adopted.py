@@ -90,7 +90,7 @@ class Adopted:
                 )
             self._blocks.setdefault(folder, np.full(ssd.files[self._numbers[folder]].blocks, -1, np.int64))
         files = np.array([self._numbers[folder] for folder in layer.files], np.int32)[layer.where]
-        first = np.array([self._blocks[layer.files[w]][r] for w, r in zip(layer.where, runs, strict=True)])
+        first = np.stack([self._blocks[folder][: runs.size] for folder in layer.files])[layer.where, runs]
         blocks = self.engine.settings.segment_tokens // shape.tokens
         offsets = (np.arange(layer.kv_heads)[:, None] * blocks + runs) * ssd.files[files[0]].stride
         known = first >= 0
@@ -110,12 +110,12 @@ class Adopted:
 
     def _note(self, segment: Segment, layer: LayerBlocks, first: Runs) -> None:
         """Remember which blocks are in which files."""
-        for run, (where, block) in enumerate(zip(layer.where.tolist(), first.tolist(), strict=True)):
-            folder = layer.files[where]
+        for where, folder in enumerate(layer.files):
             if folder not in self._blocks:
                 size = self.engine.mover.ssd.files[self._numbers[folder]].blocks
                 self._blocks[folder] = np.full(size, -1, np.int64)
-            self._blocks[folder][run] = block
+            runs = np.flatnonzero(layer.where == where)
+            self._blocks[folder][runs] = first[runs]
 
     def keep(self, name: str, segment: Segment, held: Held, numbers: dict[str, int]) -> None:
         """The same for a segment that was just stored, in place of what was held under this name.

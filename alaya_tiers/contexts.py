@@ -21,9 +21,10 @@ from alaya_tiers.damage import shortened
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import CorruptWarning, InputError, StoreCorrupt, StoreReadOnly
 from alaya_tiers.identity import Identity, Tokens
-from alaya_tiers.indexed import open_index, promise
+from alaya_tiers.indexed import IndexFile, open_index, promise
 from alaya_tiers.keeper import Keeper
 from alaya_tiers.layer import Layer, Row
+from alaya_tiers.ledger import Ids
 from alaya_tiers.manifest import Context, Manifest
 from alaya_tiers.needs import Samples
 from alaya_tiers.parts import Chunk, Part, Say, cut, length_of, silent, stored_bytes
@@ -101,14 +102,14 @@ class Contexts:
             return session
         with self._lock:
             wanted = dict.fromkeys(name for names in rows for name in names)
-            if self.engine.partitions is not None:
-                self.shelf.expect([name for name in wanted if not self._adopted.holds(name)], index=True)
-            held = {name: self._hold(name, device) for name in wanted}
+            indexes = self._indexes([name for name in wanted if not self._adopted.holds(name)])
+            held = {name: self._hold(name, device, indexes.get(name)) for name in wanted}
             self.last_used |= dict.fromkeys(wanted, self.engine.clock.monotonic())
             for place, number in enumerate(sorted(self._prefixes.record(rows[0][0]).layers)):
                 first = [np.concatenate([held[name][place][0] for name in names]) for names in rows]
                 session.layers[number] = self._layer(number, first, length)
             needs = self._prefixes.needs(rows[0])
+        self._expect_windows(session, length)
         if needs is not None and self.engine.sparse is not None:
             prime(session, needs, -math.log(self.engine.settings.alpha))
         return session
@@ -275,23 +276,45 @@ class Contexts:
             return found
 
     # ------------------------------------------------------------------ inside: opening
-    def _hold(self, name: str, device: torch.device) -> Held:
+    def _indexes(self, names: list[str]) -> dict[str, IndexFile]:
+        """The indexes of segments, of those that have one. Their headers are read before any codes are: these, once
+        promised, are loaded meanwhile, and a header would wait behind them.
+        """
+        if self.engine.settings.mode != "sparse":
+            return {}
+        self.shelf.expect(names, index=True)
+        disk, bits, segments = self.shelf.disk, self.engine.settings.index_bits, self.manifest.segments
+        found = {name: open_index(disk, self.shelf.index_path(name), segments[name].digest, bits) for name in names}
+        return {name: index for name, index in found.items() if index is not None}
+
+    def _hold(self, name: str, device: torch.device, index: IndexFile | None) -> Held:
         """A segment's blocks, in the ledger, and what is known of their index."""
-        segment, known = self._prefixes.record(name), self._adopted.holds(name)
+        segment = self._prefixes.record(name)
         try:
             held = self._adopted.hold(name, segment, device)
         except StoreCorrupt as error:
             self._prefixes.lost(name, error)
             raise self._prefixes.corrupt(name) from error
-        store, partitions = self.shelf, self.engine.partitions
-        if partitions is not None and not known:
-            digest = self.manifest.segments[name].digest
-            index = open_index(store.disk, store.index_path(name), digest, self.engine.settings.index_bits)
-            if index is not None:
-                numbers = sorted(segment.layers)
-                blocks = {n: first for n, (first, _) in zip(numbers, held, strict=True)}
-                promise(index, blocks, {n: heads for n, (_, heads) in zip(numbers, held, strict=True)}, partitions)
+        if index is not None and self.engine.partitions is not None:
+            numbers = sorted(segment.layers)
+            blocks = {n: first for n, (first, _) in zip(numbers, held, strict=True)}
+            heads = {n: heads for n, (_, heads) in zip(numbers, held, strict=True)}
+            promise(index, blocks, heads, self.engine.partitions)
         return held
+
+    def _expect_windows(self, session: Session, length: int) -> None:
+        """First and last tokens, which sparse attention of each layer begins with, are read while the model starts."""
+        s = self.engine.settings
+        if s.mode != "sparse":
+            return
+
+        def windows() -> Iterator[Ids]:
+            for _, state in sorted(session.layers.items()):
+                first, last = -(-s.sink_tokens // state.shape.tokens), (length - s.recent_tokens) // state.shape.tokens
+                for row in state.rows:
+                    yield state.ids(row.first[: row.runs][np.r_[:first, max(first, last) : row.runs]])
+
+        self.engine.read_ahead(windows)
 
     def _layer(self, number: int, first: list[Runs], length: int) -> Layer:
         """A layer of rows that hold these blocks."""

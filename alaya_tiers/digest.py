@@ -47,8 +47,7 @@ def of_rows(rows: npt.NDArray[np.uint8]) -> Digests:
 
 def of_pages(pages: Digests) -> Digests:
     """Digests of blocks, uint64 [n]. pages: uint64 [n, pages of each]."""
-    rows = np.ascontiguousarray(pages, "<u8")
-    return np.array([xxhash.xxh3_64_intdigest(row) for row in rows], np.uint64)
+    return of_rows(np.ascontiguousarray(pages, "<u8").view(np.uint8))
 
 
 def _pieces_at(addresses: npt.NDArray[np.int64], nbytes: int, piece: int) -> Digests:

@@ -140,15 +140,15 @@ class Ledger:
         """
         heads, runs = digests.shape
         first = self._new_ids(heads * runs)
-        ids = np.arange(first, first + heads * runs)
+        ids = slice(first, first + heads * runs)
         for name, (_, default) in _FIELDS.items():
             getattr(self, name)[ids] = default
         self.refs[ids], self.used[ids], self.sealed[ids] = 1, self.tick, True
         self.layer[ids], self.stream[ids], self.head[ids] = layer, -1, np.tile(np.arange(heads), runs)
         self.start[ids], self.file[ids] = np.repeat(starts, heads), np.repeat(files, heads)
         self.offset[ids], self.digest[ids] = offsets.T.ravel(), digests.T.ravel()
-        self._group[ids[::heads]] = heads
-        return ids[::heads]
+        self._group[ids.start : ids.stop : heads] = heads
+        return np.arange(ids.start, ids.stop, heads)
 
     def seal(self, ids: Ids) -> None:
         """The blocks are full: from here on they never change, and may move."""

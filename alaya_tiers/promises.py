@@ -67,6 +67,8 @@ class Promises(Generic[S]):
     def forget(self, first: Runs) -> None:
         """What was promised of these runs does not hold any more."""
         known = first[self.holds(first)]
+        if not known.size:
+            return
         for number, count in zip(*np.unique(self._number[known], return_counts=True), strict=True):
             promise, left = self._made.pop(int(number))
             if left > count:

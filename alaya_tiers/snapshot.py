@@ -34,8 +34,8 @@ from alaya_tiers.verify import Damage, verify
 Model = dict[str, Any]
 """What a store says of the model it was written for; JSON values only."""
 
-EXPECTED = 64 << 10
-"""Bytes of a record, or of the header of an index, that are asked for ahead: most are smaller."""
+EXPECTED = 256 << 10
+"""Bytes of a record, or of an index with its header first, that are asked for ahead: most records are smaller."""
 
 _ATTEMPTS = 1000
 """So many generations in a row may be replaced while one is being opened."""

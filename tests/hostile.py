@@ -55,8 +55,10 @@ class Watch:
             path = arguments[0]
             if not isinstance(path, str | bytes | os.PathLike):
                 return
-            nofollow = event == "open" and isinstance(arguments[2], int) and arguments[2] & os.O_NOFOLLOW
-            last = nofollow or event in ("os.remove", "os.rmdir", "os.rename", "shutil.rmtree")
+            flags = arguments[2] if event == "open" and isinstance(arguments[2], int) else 0
+            if flags & os.O_PATH:  # asks what is there, and cannot read it
+                return
+            last = flags & os.O_NOFOLLOW or event in ("os.remove", "os.rmdir", "os.rename", "shutil.rmtree")
             name = os.fsdecode(path)
             if name == self.root or "/" not in name:  # the lock; what is in a folder that is open, as rmtree goes down
                 return

@@ -1,7 +1,9 @@
 """The index of a stored context: loaded instead of made, and made again where it cannot be believed."""
 
 import random
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alaya_tiers import DB
+from alaya_tiers import DB, contexts
 from alaya_tiers.cache import Visible
 from alaya_tiers.coded import MAGIC
 from alaya_tiers.errors import ConfigError, InputError
@@ -187,3 +189,33 @@ def test_the_index_goes_with_its_context_and_is_no_other_blocks(path: Path, kv: 
             k, v = (x[:, :, :length].double().repeat_interleave(4, 1) for x in (k, v))
             want = torch.softmax(0.25 * q.double() @ k.mT, -1) @ v
             assert float((got - want).norm() / want.norm()) < 0.02
+
+
+def test_all_headers_are_read_before_codes_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = list[str]()
+
+    def noted(name: str, do: Any, *arguments: Any) -> Any:
+        order.append(name)
+        return do(*arguments)
+
+    for name in ("open_index", "promise"):
+        monkeypatch.setattr(contexts, name, partial(noted, name, getattr(contexts, name)))
+    with opened(path) as db:
+        db.create_session(IDS)
+    n = len(indexes(path))
+    assert order == ["open_index"] * n + ["promise"] * n
+
+
+def test_windows_are_on_their_way_when_a_session_is_made(path: Path) -> None:
+    windows = (
+        LAYERS * 2 * (1 + 3) * 16 * 32 * 4
+    )  # heads; runs with sinks, and with recent tokens; tokens; floats of each
+    with opened(path) as db:
+        session, _ = db.create_session(IDS)
+        deadline = time.monotonic() + 20
+        while session.stats().read_ahead_bytes < windows and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert session.stats().read_ahead_bytes == session.stats().read_bytes == windows
+    with opened(path, mode="exact") as db:
+        session, _ = db.create_session(IDS)
+        assert not session.session.engine.mover.ledger.busy.any()

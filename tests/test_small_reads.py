@@ -10,6 +10,7 @@ import pytest
 import xxhash
 
 from alaya_tiers import coded
+from alaya_tiers.blocks import PAGE
 from alaya_tiers.errors import IOFailed, StoreCorrupt
 from alaya_tiers.index.codes import Layout
 from alaya_tiers.seams import SystemDisk, read_into
@@ -111,3 +112,24 @@ def test_codes_that_are_neighbours_are_read_together_and_bad_ones_are_left_out(
     for run, place in zip(np.array(wanted)[good], places[good], strict=True):
         assert np.array_equal(room[place].ravel(), data[run])
     assert not np.delete(room, places[good].ravel(), 0).any()  # what is not good is nowhere
+
+
+def test_what_a_file_says_of_its_pages_comes_with_the_first_of_them(
+    tmp_path: Path, disk: SystemDisk | SimDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, calls = Stored(disk, str(tmp_path), 64), list[int]()
+    stored.tier.write_index(0)
+    file, read_pages = stored.tier.files[0], disk.read_pages
+
+    def counted(handles: Any, *arguments: Any) -> Any:
+        calls.append(len(handles))
+        return read_pages(handles, *arguments)
+
+    monkeypatch.setattr(disk, "read_pages", counted)
+    file.known[:], file.told, file.pages[:] = False, False, 0
+    blocks = np.array([0, 3, 7])
+    stored.read(blocks, np.array([1, 0, 1]))
+    stored.read(blocks, np.array([0, 1, 0]))
+    assert calls == [len(blocks) + 1, len(blocks)]
+    assert file.known.tolist() == [i in blocks for i in range(HEADS * RUNS)]
+    assert np.array_equal(stored.memory[3, PAGE : 2 * PAGE], stored.data[3, PAGE : 2 * PAGE])

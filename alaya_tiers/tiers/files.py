@@ -124,6 +124,23 @@ class SegmentFile:
         return self.written == self.offsets.size
 
 
+class Asked:
+    """What some files say of their pages, and the memory it is read into, which nobody looks into before."""
+
+    def __init__(self, files: list[SegmentFile]) -> None:
+        self.files = files
+        self.offsets = np.array([file.data_bytes for file in files], np.int64)
+        self.ends = np.cumsum([0, *(-(-digests_bytes(file.pages.shape) // PAGE) for file in files)])
+        """Pages of memory up to each of the files, int64 [n + 1]."""
+        self._room = aligned(int(self.ends[-1]) * PAGE)
+        self.addresses = self._room.ctypes.data + np.arange(self.ends[-1]) * PAGE
+
+    def answers(self) -> Iterator[Digests]:
+        """Of each file: digests as its ``pages`` has them, not to be believed."""
+        for file, begin in zip(self.files, (self.ends[:-1] * PAGE).tolist(), strict=True):
+            yield self._room[begin : begin + file.pages.nbytes].view("<u8").reshape(file.pages.shape)
+
+
 @dataclass(slots=True)
 class Run:
     """Consecutive extents of one file, and the memory they belong to."""

@@ -23,7 +23,16 @@ from alaya_tiers.digest import Digests
 from alaya_tiers.errors import StoreCorrupt, StoreError
 from alaya_tiers.seams import Disk, memory
 from alaya_tiers.tiers.base import Accountant, Addresses
-from alaya_tiers.tiers.files import Handles, Run, SegmentFile, aligned, digests_behind, digests_bytes, translate
+from alaya_tiers.tiers.files import (
+    Asked,
+    Handles,
+    Run,
+    SegmentFile,
+    aligned,
+    digests_behind,
+    digests_bytes,
+    translate,
+)
 from alaya_tiers.tiers.zarr_format import shard_index
 
 MOST_EXTENTS = 256
@@ -341,15 +350,24 @@ class SsdTier:
     def _read_pages(
         self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses, digests: Digests
     ) -> None:
-        """Neighbours are one read. What comes short or fails is read again as blocks are, which says why."""
-        self._learn(numbers, offsets, digests)
+        """Neighbours are one read. What comes short or fails is read again as blocks are, which says why.
+
+        What the files say of their pages, where nobody asked before, comes along.
+        """
         joined = (numbers[1:] == numbers[:-1]) & (offsets[1:] == offsets[:-1] + PAGE)
         joined[MOST_EXTENTS - 1 :: MOST_EXTENTS] = False
         first = np.flatnonzero(np.append(True, ~joined))
         ends = np.append(first, len(numbers))
         files = [self.files[number] for number in numbers[first].tolist()]
-        with self._opened(files, offsets[first]) as handles:
-            done = self._disk.read_pages(handles, offsets[first], ends, addresses, PAGE)
+        asked = Asked([file for n in np.unique(numbers).tolist() if not (file := self.files[n]).told])
+        with self._opened([*files, *asked.files], np.append(offsets[first], asked.offsets)) as handles:
+            done = self._disk.read_pages(
+                handles,
+                np.append(offsets[first], asked.offsets),
+                np.append(ends, ends[-1] + asked.ends[1:]),
+                np.append(addresses, asked.addresses),
+                PAGE,
+            )[: len(first)]
             for i in np.flatnonzero(done != np.diff(ends) * PAGE).tolist():
                 file = files[i]
                 buffers = [memory(address, PAGE) for address in addresses[ends[i] : ends[i + 1]].tolist()]
@@ -358,15 +376,14 @@ class SsdTier:
                 except OSError as error:
                     blocks = offsets[ends[i] : ends[i + 1]] // file.stride
                     raise self._failed(error, file, blocks, "read") from error
+        self._hear(asked)
+        self._learn(numbers, offsets, digests)
         self._check_pages(numbers, offsets, addresses)
 
     def _learn(self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], digests: Digests) -> None:
-        """Have digests of the pages of the blocks at ``offsets``: what their files say of them, if it hashes to the
+        """Have digests of the pages of the blocks at ``offsets``: what their files said of them, if it hashes to the
         blocks' own ``digests``; else read these blocks whole. Raises StoreError.
         """
-        untold = [file for n in np.unique(numbers).tolist() if not (file := self.files[n]).told]
-        if untold:
-            self._ask(untold)
         for number in np.unique(numbers).tolist():
             file, mine = self.files[number], numbers == number
             at = offsets[mine] // file.stride
@@ -391,16 +408,9 @@ class SsdTier:
             learned, self._learned = self._learned, 0
         return learned
 
-    def _ask(self, files: list[SegmentFile]) -> None:
-        """Read what files say of their pages, all at once. What cannot be read says nothing: blocks are read whole."""
-        ends = np.cumsum([0, *(-(-digests_bytes(file.pages.shape) // PAGE) for file in files)])
-        room = aligned(int(ends[-1]) * PAGE)
-        addresses = room.ctypes.data + np.arange(ends[-1]) * PAGE
-        at = np.array([file.data_bytes for file in files])
-        with self._opened(files, at) as handles:
-            self._disk.read_pages(handles, at, ends, addresses, PAGE)
-        for file, begin in zip(files, (ends[:-1] * PAGE).tolist(), strict=True):
-            told = room[begin : begin + file.pages.nbytes].view("<u8").reshape(file.pages.shape)
+    def _hear(self, asked: Asked) -> None:
+        """Note what files say of their pages. What could not be read says nothing: blocks are read whole then."""
+        for file, told in zip(asked.files, asked.answers(), strict=True):
             with self._learning:
                 self._learned += round_up(digests_bytes(file.pages.shape), PAGE)
                 if not file.told:
