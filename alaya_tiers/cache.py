@@ -133,7 +133,8 @@ class Session:
         is unchanged then.
         """
         self.engine.check_open()
-        state, began = self.layers[layer], self.engine.clock.monotonic()
+        state, began, touched = self.layers[layer], self.engine.clock.monotonic(), replace(self.engine.touched)
+        scanned = 0 if (use := self.engine.sparse) is None else use.scanned_bytes
         if self.engine.partitions is not None:
             self.engine.partitions.attended(layer, latent=latent)
         with self.engine.mover.lock:
@@ -156,7 +157,8 @@ class Session:
                 self.engine.partitions.want(state.ids(row.first[: state.length // state.shape.tokens]))
         seconds = self.engine.clock.monotonic() - began
         if n <= max(1, FEW_ROWS * state.shape.geometry.kv_heads // heads):
-            state.history.measured = seconds
+            state.history.measured, state.touched = seconds, self.engine.touched.since(touched)
+            state.scanned = 0 if use is None else use.scanned_bytes - scanned
         self._meter.attended()
         if (recorder := self.engine.recorder) is not None:
             recorder.read(self, state, n, heads, self._stored(state), seconds)

@@ -4,6 +4,7 @@ import dataclasses
 import re
 import tomllib
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
 
@@ -19,7 +20,11 @@ RATES = (
 
 SIZES = (
     "device_budget", "host_budget", "ssd_budget", "write_budget", "batch_bytes", "index_budget", "device_index_budget",
+    "attention_budget",
 )  # fmt: skip
+
+KINDS = {int: "an integer", float: "a number", bool: "True or False", str: "a name"}
+"""Types of settings, in words."""
 
 ALPHA, LEAST_MASS = 0.001, 0.82
 """Of sparse mode by default: docs/benchmarks.md says what they leave out."""
@@ -72,9 +77,12 @@ class Settings:
     least_mass: share of the attention that every query head is to attend to and not to estimate: heads in which what
         ``alpha`` asks for holds less look for more keys, or read all; 0 = alpha alone. None = 0.82, and 0 where alpha
         is larger than its default: who asks for less wants speed, and from SSD what such heads read besides is dear.
-        Not with most_selected or attention_target, which bound the keys of a step: the statistics tell what they leave
-        out.
-    most_selected: at most so many keys for each kv head beyond these; None = as many as are near enough.
+        Not with most_selected, attention_budget or attention_target, which bound the keys of a step: the statistics
+        tell what they leave out.
+    most_selected: at most so many keys for each kv head beyond these, the nearest; None = as many as are near enough.
+        Top-k alone is this with an alpha that every key reaches, 1e-300.
+    attention_budget: at most so many bytes of keys and values beyond these for each new token, of all layers, in memory
+        and from disk; what has no codes yet comes on top. None = as many as are near enough.
     index_bits: bits of each number of a coded key, 4 or 8. 8 find fewer keys that do not matter, in twice the memory.
     index_sure: standard deviations of a code's error that are allowed for; 0 = any error there can be (complete).
     index_budget: bytes of codes in memory; None = no limit. What finds no room is attended exactly, with a warning.
@@ -121,6 +129,7 @@ class Settings:
     recent_tokens: int = 512
     least_mass: float | None = None
     most_selected: int | None = None
+    attention_budget: int | None = None
     index_bits: int = 4
     index_sure: float = 2.0
     index_budget: int | None = 2 << 30
@@ -155,6 +164,8 @@ class Settings:
         for name in SIZES:
             if (size := getattr(self, name)) is not None:
                 object.__setattr__(self, name, parse_bytes(size))
+        for name, kinds in _KINDS.items():
+            _check_kind(name, getattr(self, name), kinds)
         for name in ("block_tokens", "segment_tokens"):
             n = getattr(self, name)
             if not isinstance(n, int) or n < 1 or n & (n - 1):
@@ -223,6 +234,22 @@ class Settings:
         return type(self).from_dict(dataclasses.asdict(self) | changes)
 
 
+def _check_kind(name: str, value: object, kinds: tuple[type, ...]) -> None:
+    """Raises ConfigError for a value of none of these types. A whole number is one too."""
+    if isinstance(value, bool):
+        fits = bool in kinds
+    else:
+        fits = isinstance(value, kinds) or (float in kinds and isinstance(value, Real))
+    if not fits:
+        wanted = " or ".join(KINDS.get(kind, "None") for kind in kinds)
+        raise ConfigError(f"{name} is {wanted}, got {value!r}")
+
+
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ConfigError(f"{name}={value!r} is not available; choose one of {', '.join(map(repr, choices))}")
+
+
+_HINTS = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(Settings).items()}
+_KINDS = {name: kinds for name, kinds in _HINTS.items() if all(isinstance(kind, type) for kind in kinds)}
+"""The types that each setting may have, but for names that are one of a few."""

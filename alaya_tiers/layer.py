@@ -12,6 +12,7 @@ from alaya_tiers.blocks import BlockShape
 from alaya_tiers.engine import Engine
 from alaya_tiers.index.plan import History
 from alaya_tiers.ledger import Ids
+from alaya_tiers.stats import Touched
 
 
 class AtHand(NamedTuple):
@@ -59,6 +60,8 @@ class Layer:
         self.rows = [Row(engine.new_stream()) for _ in range(rows)]
         self.history, self.prefill = History(shape.geometry.kv_heads), History(shape.geometry.kv_heads)
         """What sparse attention needed lately: decoding, and in chunks of a prompt."""
+        self.touched, self.scanned = Touched(), 0
+        """Bytes that the last decode step used, of blocks and of codes; and those other sessions used meanwhile."""
 
     def ids(self, first: npt.NDArray[np.int64]) -> Ids:
         """Block ids of runs, [kv_heads, runs]."""

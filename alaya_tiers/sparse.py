@@ -23,9 +23,10 @@ from torch import Tensor
 
 from alaya_tiers import kernel
 from alaya_tiers.attention import BlockList, Partial, merge, nothing
+from alaya_tiers.blocks import Geometry
 from alaya_tiers.config import Settings
 from alaya_tiers.index.codes import MOST_DIMS, MOST_ROWS, Layout, Reach, boundable, scan
-from alaya_tiers.index.plan import History, Rates, Step
+from alaya_tiers.index.plan import History, Limit, Rates, Step
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.listed import Asked, certain, lists, nothing_more
@@ -44,6 +45,9 @@ class IndexFullWarning(UserWarning):
 
 LEAST = 4
 """Coded blocks that are worth a scan."""
+
+NO_CODES = "no codes yet (build_index makes them), no room for them, or keys that have none"
+"""Why a step without an index reads all: keys that are not finite, or have too many numbers, have no codes."""
 
 NONE = np.empty(0, np.int32)
 
@@ -111,23 +115,24 @@ def attend(
     g, size, rows = state.shape.geometry, state.shape.tokens, asked.q.shape[1]
     low, high = int(visible.lo.max()), int(visible.hi.min())
     first, last = -(-(low + s.sink_tokens) // size), min(high - s.recent_tokens, state.length) // size
-    if last - first < LEAST or g.dtype not in kernel.DTYPES or rows > MOST_ROWS or not boundable(q):
-        return None
     every = visible.spans(state.length, size)
+    history.note_all(int(every.count.sum()))
+    if why := _exact_because(last - first, g, q):
+        history.exact(why, history.tokens)
+        return None
     inner = (every.run >= first) & (every.run < last)
     middle = every.where(inner)
     coded, codes, mirrored, held = partitions.of(state.ids(row.first[middle.run]))
     if partitions.full:
         _warn_full(s)
     if int(coded.sum()) < LEAST:
+        history.exact(NO_CODES, history.tokens)
         return None
     inner[inner] = coded
     outside, middle, layout = every.where(~inner), middle.where(coded), partitions.layout_of(state.number)
     step = _step(state, row, outside, middle, layout, mirrored)
     rates = _rates(state, row, middle)
-    target = None if s.attention_target is None else s.attention_target / len(state.engine.mover.shapes)
-    look, most = history.plan(step, rates, target, s.most_selected)
-    history.tokens = int(every.count.sum())
+    look, most, bound = history.plan(step, rates, Limit.of(s, len(state.engine.mover.shapes)))
     if not look.any():
         return None
     group = rows // visible.lo.size
@@ -153,7 +158,7 @@ def attend(
             partitions.scratch, distances=far, elsewhere=None if mirrored is None else mirrored.of(here),
             verify=lambda best: certain(asked, here, middle, best, layout.rows, looks),
         )  # fmt: skip
-        dear = step.dear(np.array([tokens.size for tokens in found.tokens], np.float64), rates)
+        dear = step.dear(np.array([tokens.size for tokens in found.tokens], np.float64), rates) & (not bound)
         tokens = [NONE if everything else some for some, everything in zip(found.tokens, dear, strict=True)]
         looks.attended(tokens)
         near = merge([near, *lists(asked, here, middle, tokens, layout.rows)])
@@ -165,6 +170,7 @@ def attend(
     looked = _look(history, heads, merge(parts), s.mass_floor if most is None else 0.0, reach.distance, within)
     del held
     history.judge(looked.found.astype(np.float64), looked.dear, step, rates)
+    history.note(looked.share.amin(1).numpy(), window + looked.found, looked.dear)
     sparse = ~looked.dear
     near, whole = (Partial(*(x[sparse] for x in part)) for part in (looked.near, looked.whole))
     _note(use, looked.share[sparse], window, looked.found[sparse], history.tokens)
@@ -179,6 +185,17 @@ def attend(
         return whole
     use.exact += rest.size * rows
     return _together(heads[sparse], whole, rest, merge(list(dense(every, rest))))
+
+
+def _exact_because(blocks: int, g: Geometry, q: Tensor) -> str:
+    """Why sparse attention cannot work here, if so. blocks: between the sinks and the recent tokens."""
+    if blocks < LEAST:
+        return f"short: fewer than {LEAST} blocks between sink_tokens and recent_tokens"
+    if g.dtype not in kernel.DTYPES:
+        return f"keys are {g.dtype}"
+    if q.shape[1] > MOST_ROWS:
+        return f"{q.shape[1]} queries at a time for a kv head, a scan takes {MOST_ROWS}"
+    return "" if boundable(q) else "queries that are not finite, or huge"
 
 
 def _look(

@@ -18,7 +18,7 @@ class TierUse:
 
 @dataclass(slots=True)
 class Touched:
-    """Bytes of KV that attention read, by where it found them.
+    """Bytes of KV that attention used, by where it found them: of whole blocks, or whole pages where it read these.
 
     ahead: on ssd, but read before attention asked. waited: on ssd, attention waited for the read.
     """
@@ -30,8 +30,12 @@ class Touched:
 
     @property
     def total(self) -> int:
-        """All bytes attention read."""
+        """All bytes attention used."""
         return self.device + self.host + self.ahead + self.waited
+
+    def since(self, before: "Touched") -> "Touched":
+        """What was added after ``before`` was copied."""
+        return Touched(**{name: getattr(self, name) - getattr(before, name) for name in self.__slots__})
 
 
 @dataclass(frozen=True, slots=True)

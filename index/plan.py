@@ -2,8 +2,10 @@
 
     flat         read every key and value in order: exact
     codes        scan the codes, attend to what is within reach (DIPR), estimate the rest
-    codes, most  the same with at most so many keys for each head, where a target of time asks for it
+    codes, most  the same with at most so many keys for each head, where a limit of keys, bytes or time asks for it
 
+Clusters (``coarse``) and graphs are no plans: on no keys that were measured were they the fastest
+(docs/decisions/006-codes-before-graphs.md).
 A step's cost is predicted from bytes and the machine's rates, and from how many keys each head found lately.
 Source: AlayaDB (arXiv 2504.10326), 6.2, has rules here; a cost model is what it leaves open.
 """
@@ -17,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from alaya_tiers.blocks import PAGE
 from alaya_tiers.config import Settings
 
 Heads = npt.NDArray[np.float64]
@@ -101,12 +104,41 @@ class Step:
         each = rates.pick + self.row / rates.read + self.cold * self._load(rates)
         return max(0, int(left / each))
 
+    def fitting(self, nbytes: float) -> int:
+        """How many keys found singly so many bytes hold: K and V, and of those on disk the page or the block too."""
+        return int(nbytes / (self.row + self.cold * (self.block if self.missed is None else self.missed * PAGE)))
+
+
+class Limit(NamedTuple):
+    """What a step of one layer may take; None: what the keys within reach take.
+
+    seconds. nbytes: of keys and values, beside the window. most: keys that each head may find.
+    """
+
+    seconds: float | None = None
+    nbytes: float | None = None
+    most: int | None = None
+
+    @classmethod
+    def of(cls, settings: Settings, layers: int) -> Limit:
+        """What the settings allow each of so many layers."""
+        seconds, nbytes = settings.attention_target, settings.attention_budget
+        return cls(
+            None if seconds is None else seconds / layers,
+            None if nbytes is None else nbytes / layers,
+            settings.most_selected,
+        )
+
 
 class Choice(NamedTuple):
-    """The plan of a step. look: bool [kv_heads], which heads scan codes. most: keys each of them may find."""
+    """The plan of a step. look: bool [kv_heads], which heads scan codes. most: keys each of them may find.
+
+    bound: nobody may read everything, even where that were faster: it would be more bytes than allowed.
+    """
 
     look: npt.NDArray[np.bool_]
     most: int | None
+    bound: bool = False
 
 
 class History:
@@ -127,28 +159,56 @@ class History:
         """Tokens that the last step saw."""
         self.predicted = self.measured = 0.0
         """Seconds of the last step: as planned, and as it was."""
+        self.why = ""
+        """Why no head looked in the last step, if none did."""
+        self.mass, self.used = np.ones(heads), np.zeros(heads)
+        """Of the last step: share of the attention that each head attended and did not estimate, in the worst of its
+        queries; tokens that it attended."""
+        self.gave_up = 0
+        """Heads that looked in the last step, found too much and read everything."""
         self._primed = False
 
     def prime(self, found: Heads) -> None:
         """What each head is likely to find, before it looked for the first time."""
         self.found, self._primed = np.asarray(found, np.float64).copy(), True
 
-    def plan(self, step: Step, rates: Rates, target: float | None, most: int | None) -> Choice:
-        """What the next step does. target: seconds it may take; most: keys a head may find in any case."""
+    def plan(self, step: Step, rates: Rates, limit: Limit) -> Choice:
+        """What the next step does."""
         if self._primed:
             dear = step.picks(self.found, rates) + step.scan(rates) > step.flat(rates)
             self.pause, self.left, self._primed = dear * PRIMED_PAUSE, dear * PRIMED_PAUSE, False
-        look = self.left == 0
+        look, slow = self.left == 0, step.scan(rates) >= step.flat(rates)
         self.left[~look] -= 1
-        look &= step.scan(rates) < step.flat(rates)
-        if target is not None:
-            least = step.most(target / look.size, rates)
-            most = least if most is None else min(most, least)
-        self.choice = Choice(look, most)
-        found = np.minimum(self.found, math.inf if most is None else most)
+        look &= not slow
+        most = [] if limit.most is None else [limit.most]
+        if limit.seconds is not None:
+            most.append(step.most(limit.seconds / look.size, rates))
+        if limit.nbytes is not None:
+            most.append(step.fitting(limit.nbytes / look.size))
+        bound = limit.nbytes is not None and look.size * (step.everything - step.window) > limit.nbytes
+        look |= bound
+        self.choice = Choice(look, min(most, default=None), bound)
+        found = np.minimum(self.found, min(most, default=math.inf))
         looked = step.scan(rates) + step.picks(found, rates)
         self.predicted = float(np.where(look, looked, step.flat(rates)).sum())
+        nearly_all = "found nearly all keys within reach lately, and asks again later"
+        self.why = "" if look.any() else "to look would take longer than to read all" if slow else nearly_all
         return self.choice
+
+    def exact(self, why: str, tokens: int) -> None:
+        """The next step reads all of so many tokens, unplanned: why."""
+        self.choice, self.why, self.predicted = Choice(np.zeros(self.found.size, bool), None), why, 0.0
+        self.note_all(tokens)
+
+    def note_all(self, tokens: int) -> None:
+        """Every head reads so many tokens, all there are."""
+        self.tokens, self.gave_up, self.mass[:], self.used[:] = tokens, 0, 1.0, tokens
+
+    def note(self, share: npt.NDArray[np.floating], used: npt.NDArray[np.number], dear: npt.NDArray[np.bool_]) -> None:
+        """What came of the plan, of the heads that looked. share, used: see mass, used; dear: who read everything."""
+        look = self.choice.look
+        self.mass[look], self.used[look] = np.where(dear, 1.0, share), np.where(dear, self.tokens, used)
+        self.gave_up = int(dear.sum())
 
     def deepen(self, heads: npt.NDArray[np.intp], far: Heads, ample: npt.NDArray[np.bool_], least: float) -> None:
         """Note how far some heads looked; those with more than they need will look a little less far, not below least.

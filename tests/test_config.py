@@ -46,11 +46,31 @@ def test_sizes_for_people_are_close(n: int) -> None:
         ("sink_tokens", -1),
         ("host_budget", "lots"),
         ("batch_bytes", 0),
+        ("alpha", "x"),
+        ("alpha", None),
+        ("dirty_limit", None),
+        ("most_selected", 1.5),
+        ("most_selected", "4MiB"),
+        ("most_selected", True),
+        ("index_sure", "high"),
+        ("least_mass", "a"),
+        ("attention_target", "5ms"),
+        ("attention_target", True),
+        ("read_rate", [1]),
+        ("sparse_prefill", "yes"),
+        ("measure_mass", 1),
+        ("eviction", None),
+        ("block_tokens", True),
     ],
 )
 def test_settings_that_make_no_sense_name_the_field(field: str, value: object) -> None:
     with pytest.raises(ConfigError, match=field if field != "host_budget" else "lots"):
         Settings.from_dict({field: value})
+
+
+def test_whole_numbers_are_numbers_and_none_is_no_limit() -> None:
+    settings = Settings(alpha=1, dirty_limit=0, attention_target=2, index_sure=3, least_mass=None, most_selected=None)
+    assert (settings.alpha, settings.attention_target, settings.index_sure) == (1, 2, 3)
 
 
 def test_settings_from_a_file(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from alaya_tiers.cache import Visible
 from alaya_tiers.errors import InputError
-from alaya_tiers.index.plan import LONGEST_PAUSE, PRIMED_PAUSE, History, Rates, Step
+from alaya_tiers.index.plan import LONGEST_PAUSE, PRIMED_PAUSE, History, Limit, Rates, Step
 from alaya_tiers.needs import REACHES, STEP, Needs, Samples, counted
 from tests.test_indexed import IDS, LAYERS, TOKENS, opened
 
@@ -78,12 +78,12 @@ def test_a_head_that_needs_everything_reads_everything_at_once() -> None:
     history = History(3)
     history.prime(np.array([5.0, 1e6, 40.0]))
     rates = Rates(1e9, 1e10, 1e-7, 1e9)
-    choice = history.plan(STEP_, rates, None, None)
+    choice = history.plan(STEP_, rates, Limit())
     assert choice.look.tolist() == [True, False, True]
-    asked = [history.plan(STEP_, rates, None, None).look[1] for _ in range(PRIMED_PAUSE)]
+    asked = [history.plan(STEP_, rates, Limit()).look[1] for _ in range(PRIMED_PAUSE)]
     assert asked == [False] * (PRIMED_PAUSE - 1) + [True], "it is asked again: samples are not the truth"
     assert PRIMED_PAUSE < LONGEST_PAUSE
-    assert History(3).plan(STEP_, rates, None, None).look.all(), "without samples everybody looks"
+    assert History(3).plan(STEP_, rates, Limit()).look.all(), "without samples everybody looks"
 
 
 # ---------------------------------------------------------------------- with a database

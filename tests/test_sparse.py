@@ -312,6 +312,11 @@ def test_each_head_has_a_plan_of_its_own_and_explains_it() -> None:
             assert plans.plan == ("1 codes (DIPR) + 1 flat" if step == 1 else "2 codes (DIPR)")
             assert plans.found[0] > 1500 > 100 > plans.found[1] > 0
             assert plans.measured > 0
+            assert (plans.gave_up, plans.outcome) == ((0, "") if step == 1 else (1, "1 found too much and read all"))
+            assert plans.attended[0] == plans.tokens == 2000 > 300 > plans.attended[1] > plans.found[1]
+            assert plans.mass[0] == 1 > plans.mass[1] == pytest.approx(used(cache).least, abs=1e-6)
+            assert plans.kv_bytes == sum(plans.attended) * 2 * 16 * 4
+            assert f"least mass of a query head {plans.mass[1]:.3f}" in str(cache.explain())
         assert (used(cache).steps, used(cache).exact) == (4 * 3, 4 * 3)
         assert f"{plans.found[0]} {plans.found[1]}" in str(cache.explain())
         assert cache.explain().as_dict()["predicted"] == cache.explain().layers[0].predicted
@@ -348,6 +353,56 @@ def test_a_target_of_time_cuts_what_is_selected_and_says_so() -> None:
         ask(cache.session, q)
         assert cache.explain().layers[0].most == 0
         assert cache.explain().predicted > 1e-9
+
+
+def test_what_is_attended_exactly_says_why() -> None:
+    k, v = kv(1000)
+    q, mad = 12 * torch.randn(1, 8, 1, 16), torch.full((1, 8, 1, 16), torch.nan)
+    rates = {"read_rate": 1e12, "look_seconds": 1.0}
+    for changes, why in (
+        ({"recent_tokens": 960}, "short: fewer than 4 blocks"),
+        ({"index_budget": 0}, "no codes yet"),
+        (rates, "to look would take longer than to read all"),
+        ({}, "queries that are not finite"),
+    ):
+        with filled(k, v, **changes) as cache, _quiet():
+            ask(cache.session, q if changes else mad)
+            layer = cache.explain().layers[0]
+            assert why in layer.outcome
+            assert why in str(cache.explain())
+            assert (layer.plan, layer.mass, layer.attended) == ("2 flat", (1, 1), (1000, 1000))
+    with filled(k.double(), v.double()) as cache:
+        ask(cache.session, q)
+        assert cache.explain().layers[0].outcome == "keys are torch.float64"
+
+
+@pytest.mark.parametrize("room", [ROOM, TIGHT], ids=["in memory", "on ssd"])
+@pytest.mark.parametrize("read_rate", [1.0, 1e12])
+def test_a_budget_of_bytes_is_kept_even_where_to_read_all_is_faster(room: dict[str, Any], read_rate: float) -> None:
+    """Two layers, whose heads all want everything: they have half of it each, and say what they leave out."""
+    k, v = kv(2000)
+    v += torch.arange(2000)[:, None] / 500
+    q = 0.3 * torch.randn(1, 8, 1, 16)
+    budget, row = 20_000, 2 * 16 * 4
+    with filled(k, v, attention_budget=budget, read_rate=read_rate, **room) as cache:
+        cache.session.update(1, k, v)
+        cache.build_index()
+        for _ in range(3):
+            for layer in (0, 1):
+                got = cache.session.attention(layer, q, [Visible.all(2000, 1)], 0.25)
+                assert float((got - truth(k, v, q)).norm() / truth(k, v, q).norm()) < 0.05
+        for plans in cache.explain().layers:
+            assert plans.most is not None
+            assert 0 < plans.most * row * 2 <= budget / 2
+            assert plans.found == (plans.most, plans.most)
+            assert plans.gave_up == 0
+            assert max(plans.mass) < 0.3
+        if room is ROOM:
+            assert plans.most == budget // 2 // 2 // row
+        assert (used(cache).steps, used(cache).exact) == (8 * 2 * 3, 0)
+    with filled(k, v, attention_budget="1GiB") as cache:  # enough for everything: the plan is what it would be
+        ask(cache.session, q)
+        assert used(cache).exact == 8
 
 
 @pytest.mark.parametrize("room", [ROOM, TIGHT], ids=["in memory", "on ssd"])

@@ -19,7 +19,7 @@ from alaya_tiers.cache import FEW_ROWS
 from alaya_tiers.config import Settings
 from alaya_tiers.engine import LOADS_AHEAD
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.index.plan import Rates, Step
+from alaya_tiers.index.plan import Limit, Rates, Step
 from alaya_tiers.ledger import Ids
 from alaya_tiers.mover import Mover
 from alaya_tiers.pages import Pages, Taken
@@ -119,12 +119,9 @@ class Attending:
             part.tokens * float(g.row_bytes), window, float(inner.size * size * g.k_dim), g.row_bytes,
             shape.nbytes, inner.size, cold, self.pages.missed if paged and self.pages is not None else None,
         )  # fmt: skip
-        target = self.settings.attention_target
-        target = None if target is None else target / len(self.mover.shapes)
-        look, _ = part.history.plan(
-            step, Rates.believed(self.settings, part.heads), target, self.settings.most_selected
-        )
-        return np.flatnonzero(look), step
+        limit = Limit.of(self.settings, len(self.mover.shapes))
+        choice = part.history.plan(step, Rates.believed(self.settings, part.heads), limit)
+        return np.flatnonzero(choice.look), step
 
     async def _look(
         self,
@@ -150,7 +147,7 @@ class Attending:
             for head, some in zip(look.heads, look.positions, strict=True):
                 sizes[head] = some.size if some.size or head not in unknown else part.tokens
             mine = np.array(sorted(here), np.intp)
-            dear[mine] = step.dear(sizes[mine], rates)
+            dear[mine] = step.dear(sizes[mine], rates) & (not part.history.choice.bound)
             going -= set(mine[dear[mine]].tolist())
             await self._pick(part, look.heads, look.positions, going, middle, shape, note=True)
         dear[list(unknown)] = True
