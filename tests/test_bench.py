@@ -29,6 +29,7 @@ from alaya_tiers.tools.baselines import (
     Pace,
     Shape,
     build_model,
+    contexts_of,
     in_place,
     parse_contexts,
 )
@@ -193,6 +194,12 @@ def test_context_lengths_are_read(text: str, tokens: tuple[int, ...]) -> None:
     assert parse_contexts(text) == tokens
 
 
+def test_quick_is_quick_unless_lengths_are_given() -> None:
+    assert contexts_of(None, "8K,1M", quick=True) == (2048,)
+    assert contexts_of(None, "8K,1M", quick=False) == (8192, 1 << 20)
+    assert contexts_of("4K", "8K,1M", quick=True) == (4096,)
+
+
 def test_nonsense_is_refused() -> None:
     for text in ("", "8X", "K", "1.5K"):
         with pytest.raises(ConfigError, match="context lengths"):
@@ -326,6 +333,16 @@ def test_sparse_attention_is_measured_beside_exact(tmp_path: Path) -> None:
     wrong = CliRunner().invoke(cli.app, ["bench", "attention", "--bits", "5"])
     assert wrong.exit_code == 2
     assert "index_bits is 4 or 8" in wrong.output
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+@pytest.mark.leaks("matplotlib keeps the files of its fonts open")
+def test_sparse_attention_is_drawn(tmp_path: Path) -> None:
+    kinds = [heads.Kind(name, [0.2], [0.3], [0.1], {}, [0.1]) for name in heads.HEADS]
+    rows = [heads.Row(n, 512 * n, 64 * n, 1.0, kinds) for n in (2048, 4096)]
+    found = heads.Found(heads.Plan(), {}, machine.Bandwidth({"sum": 1e9}), rows=rows)
+    heads.plot(found, tmp_path / "attention.png")
+    assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_dipr_and_top_k_choose_from_the_same_weights(tmp_path: Path) -> None:

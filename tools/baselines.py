@@ -100,6 +100,10 @@ def build_model(shape: Shape, positions: int, sharpness: float = 3.0) -> LlamaFo
     return cast(LlamaForCausalLM, model.train(False).requires_grad_(False))
 
 
+QUICK = "2K"
+"""The context of ``--quick``, unless one is given."""
+
+
 def parse_contexts(text: str) -> tuple[int, ...]:
     """``"8K,32K,1M"`` as numbers of tokens. Raises ConfigError."""
     units = {"K": 1 << 10, "M": 1 << 20}
@@ -108,6 +112,11 @@ def parse_contexts(text: str) -> tuple[int, ...]:
         return tuple(int(w[:-1]) * units[w[-1]] if w[-1:] in units else int(w) for w in words)
     except ValueError as error:
         raise ConfigError(f"cannot read {text!r} as context lengths; write e.g. 8K,32K,100000") from error
+
+
+def contexts_of(text: str | None, usual: str, *, quick: bool) -> tuple[int, ...]:
+    """The lengths that were asked for; else the usual ones, or one that takes no time. Raises ConfigError."""
+    return parse_contexts(text or (QUICK if quick else usual))
 
 
 class Context:

@@ -28,6 +28,7 @@ from alaya_tiers.tools import machine, rawdisk, reporting
 from alaya_tiers.tools.baselines import (
     COMPETITORS,
     IN_PLACE,
+    QUICK,
     RAM,
     REFERENCE,
     SPARSE,
@@ -38,12 +39,14 @@ from alaya_tiers.tools.baselines import (
     Pace,
     Shape,
     build_model,
+    contexts_of,
     decode,
     measure,
-    parse_contexts,
 )
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
 from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
+
+CONTEXTS = "8K,32K,128K"
 
 SPEED_FLOOR, SPEED_FROM = 5.0, 32 << 10
 """Our exact decode against the reference, for contexts from this many tokens on; below, the linear layers decide."""
@@ -306,7 +309,9 @@ app = typer.Typer(help="Measure what this machine does with long contexts.", no_
 
 @app.command("decode")
 def decode_command(
-    contexts: Annotated[str, typer.Option(help="Context lengths.")] = "8K,32K,128K",
+    contexts: Annotated[
+        str | None, typer.Option(help=f"Context lengths. default: {CONTEXTS}; {QUICK} with --quick")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Most steps for each cache; slow ones do fewer, at least 5.")] = 50,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     layers: int = 16,
@@ -321,13 +326,13 @@ def decode_command(
     sharpness: Annotated[float, typer.Option(help="Standard deviation of scores; 6 is a sharp head.")] = 3.0,
     quick: Annotated[bool, typer.Option(help="Two steps each: shows that it runs, measures nothing.")] = False,
 ) -> None:
-    """Exact decode against DynamicCache, and against what memory and disk allow."""
+    """Decode steps, exact and with --sparse, against DynamicCache and what memory and disk allow."""
     errors = Console(stderr=True)
     with one_line_errors(errors):
         need_matplotlib(plot_file)
         bench = Bench(
             shape=Shape(layers, hidden, heads, kv_heads, head_dim, dtype),
-            contexts=parse_contexts(contexts),
+            contexts=contexts_of(contexts, CONTEXTS, quick=quick),
             pace=Pace(min(steps, 2), min(steps, 2), 0.0) if quick else Pace(steps, min(steps, 5)),
             directory=directory,
             sparse=sparse,

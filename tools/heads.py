@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -26,14 +27,15 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.index.plan import History
 from alaya_tiers.stats import SparseUse
-from alaya_tiers.tools import machine
-from alaya_tiers.tools.baselines import DTYPES, parse_contexts
+from alaya_tiers.tools import machine, reporting
+from alaya_tiers.tools.baselines import DTYPES, QUICK, contexts_of
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
-from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
+from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
 
 Say = Callable[[str], None]
 
 CHUNK = 16_384
+CONTEXTS = "32K,128K"
 TOPICS = 64
 LOOK = Settings().look_seconds
 
@@ -307,8 +309,32 @@ def _quality(use: dict[str, Any]) -> list[str]:
     return [f"{use['attended_share']:.2%}", *(f"{use[name]:.3f}" for name in names)]
 
 
+def plot(found: Found, path: Path) -> None:
+    """Milliseconds a step over context length, a picture for each kind of head. Needs matplotlib."""
+    pyplot = reporting.pyplot()
+    figure, grid = pyplot.subplots(1, len(HEADS), sharey=True, figsize=(4 * len(HEADS), 4), squeeze=False)
+    for column, (axes, name) in enumerate(zip(grid[0], HEADS, strict=True)):
+        kinds = [(row.tokens, row.kinds[column]) for row in found.rows]
+        for way, label in (
+            ("dense", "sdpa"),
+            ("exact", "exact"),
+            ("sparse", "sparse"),
+            ("prefix", "sparse, a fifth seen"),
+        ):
+            points = [(n, statistics.median(times) * 1e3) for n, kind in kinds if (times := getattr(kind, way))]
+            axes.loglog([n for n, _ in points], [ms for _, ms in points], marker="o", label=label)
+        limits = [found.limit(row) * 1e3 for row in found.rows]
+        axes.loglog([row.tokens for row in found.rows], limits, linestyle="--", label="reading the KV once")
+        axes.set(title=f"{name} heads", xlabel="tokens of context", ylabel="" if column else "ms a step")
+    grid[0][0].legend()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
 def command(
-    contexts: Annotated[str, typer.Option(help="Context lengths.")] = "32K,128K",
+    contexts: Annotated[
+        str | None, typer.Option(help=f"Context lengths. default: {CONTEXTS}; {QUICK} with --quick")
+    ] = None,
     alpha: Annotated[float, typer.Option(help="Keys with this share of the largest weight are attended.")] = 0.001,
     bits: Annotated[int, typer.Option(help="Of a coded number: 4 or 8.")] = 4,
     sure: Annotated[float, typer.Option(help="Deviations allowed for; 0: provably complete.")] = 2.0,
@@ -323,16 +349,20 @@ def command(
     head_dim: int = 64,
     steps: Annotated[int, typer.Option(help="Steps of each kind.")] = 15,
     json_file: JsonFile = None,
+    plot_file: PlotFile = None,
     quick: Annotated[bool, typer.Option(help="Shows that it runs, measures nothing.")] = False,
 ) -> None:
     """Sparse attention against exact attention. Example: alaya-tiers bench attention --contexts 32K,128K,1M"""
     errors = Console(stderr=True)
     with one_line_errors(errors):
+        need_matplotlib(plot_file)
         plan = Plan(
-            contexts=parse_contexts(contexts), kv_heads=kv_heads, group=group, head_dim=head_dim, layers=layers,
-            dtype=dtype, alpha=alpha, bits=bits, sure=sure, most=most, look_seconds=look_seconds,
-            steps=1 if quick else steps, memory_bytes=8 << 20 if quick else 1 << 30,
+            contexts=contexts_of(contexts, CONTEXTS, quick=quick), kv_heads=kv_heads, group=group,
+            head_dim=head_dim, layers=layers, dtype=dtype, alpha=alpha, bits=bits, sure=sure, most=most,
+            look_seconds=look_seconds, steps=1 if quick else steps, memory_bytes=8 << 20 if quick else 1 << 30,
         )  # fmt: skip
         with errors.status("memory") as status:
             found = run(plan, status.update)
     show(tables(found), found.as_dict(), json_file)
+    if plot_file is not None:
+        plot(found, plot_file)

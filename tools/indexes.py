@@ -30,13 +30,15 @@ from torch import Tensor
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.index import Flat
 from alaya_tiers.tools import machine, reporting
-from alaya_tiers.tools.baselines import parse_contexts
+from alaya_tiers.tools.baselines import QUICK, contexts_of
 from alaya_tiers.tools.contenders import CONTENDERS, NAMES, Built, Contender, Search
 from alaya_tiers.tools.machine import CpuUse
 from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
 from alaya_tiers.tools.synthetic import KINDS, Head
 
 Say = Callable[[str], None]
+
+CONTEXTS = "32K,128K"
 
 ROUNDS = 3
 """How often every query is asked; its best time counts, and of all queries the median."""
@@ -324,7 +326,9 @@ def plot(found: Found, path: Path) -> None:
 
 
 def command(
-    contexts: Annotated[str, typer.Option(help="Context lengths.")] = "32K,128K",
+    contexts: Annotated[
+        str | None, typer.Option(help=f"Context lengths. default: {CONTEXTS}; {QUICK} with --quick")
+    ] = None,
     kinds: Annotated[str, typer.Option(help="Kinds of heads.")] = ",".join(KINDS),
     only: Annotated[str, typer.Option(help="Contenders.")] = ",".join(NAMES),
     alpha: Annotated[float, typer.Option(help="Keys with this share of the largest weight are wanted.")] = 0.012,
@@ -343,7 +347,7 @@ def command(
         need_matplotlib(plot_file)
         few = {"steps": 2, "visible": min(visible, 1024), "cold_bytes": 0} if quick else {}
         plan = Plan(
-            contexts=parse_contexts(contexts),
+            contexts=contexts_of(contexts, CONTEXTS, quick=quick),
             kinds=tuple(kinds.split(",")),
             contenders=tuple(only.split(",")),
             **{"dim": dim, "group": group, "steps": steps, "threads": threads, "visible": visible} | few,

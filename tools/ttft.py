@@ -28,13 +28,14 @@ from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf.db import DB
 from alaya_tiers.parts import Chunk
 from alaya_tiers.tools import machine, rawdisk
-from alaya_tiers.tools.baselines import FILL_TOKENS, VOCABULARY, Context, Shape, build_model, parse_contexts
+from alaya_tiers.tools.baselines import FILL_TOKENS, QUICK, VOCABULARY, Context, Shape, build_model, contexts_of
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
 from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
 
 Say = Callable[[str], None]
 
 WAYS = ("sparse", "exact", "load whole")
+CONTEXTS = "8K,32K,128K"
 PREFILL = 2048
 """Tokens of a prefill, from which that of a longer context is extrapolated: at least in proportion."""
 
@@ -209,7 +210,9 @@ def table(found: Found) -> Table:
 
 
 def command(
-    contexts: Annotated[str, typer.Option(help="Context lengths.")] = "8K,32K,128K",
+    contexts: Annotated[
+        str | None, typer.Option(help=f"Context lengths. default: {CONTEXTS}; {QUICK} with --quick")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="How often each way runs.")] = 3,
     sharpness: Annotated[float, typer.Option(help="Standard deviation of scores; 6 is a sharp head.")] = 6.0,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
@@ -225,7 +228,7 @@ def command(
     """First token from a stored context, against loading it whole. Example: alaya-tiers bench ttft --contexts 32K"""
     errors = Console(stderr=True)
     with one_line_errors(errors):
-        lengths = parse_contexts(contexts)
+        lengths = contexts_of(contexts, CONTEXTS, quick=quick)
         if min(*lengths, rounds) < 1 or not 0 < sharpness < 100:
             raise ConfigError("--contexts, --rounds and --sharpness must be positive")
         shape = Shape(layers, hidden, heads, kv_heads, head_dim, dtype)
