@@ -31,7 +31,8 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ContextTooLong, InputError
 from alaya_tiers.explain import Explanation, explain
 from alaya_tiers.foresight import foreseen
-from alaya_tiers.layer import AtHand, Layer, Row
+from alaya_tiers.hand import at_hand
+from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.listed import Asked, nothing_more
 from alaya_tiers.near import Near, rows_of
@@ -375,22 +376,18 @@ class Session:
     def _pieces(self, state: Layer, row: Row, visible: Visible) -> Iterator["BlockList | Near | Gathered"]:
         """The blocks of what is visible, batch by batch, each readable until the next is asked for."""
         spans = visible.spans(state.length, state.shape.tokens)
-        whole = spans.run.size == row.runs and visible.ranges is None
-        if whole and (known := row.at_hand) is not None and known.blocks.starts.size == row.runs:
-            held = self.engine.pin_again(known.ids, known.moves, known.device_bytes, known.host_bytes)
-            if held is not None:
-                try:
-                    known.blocks.counts[-1] = state.length - int(known.blocks.starts[-1])
-                    yield known.blocks
-                finally:
-                    self.engine.unpin(known.ids, used=True)
+        if spans.run.size == row.runs and visible.ranges is None:
+            with at_hand(state, row) as hand:
+                if hand is not None:
+                    yield hand.everything()
+            if hand is not None:
                 self.engine.read_ahead(partial(self._upcoming, state.number))
                 return
-        yield from self._pieces_of(state, row, spans, None, whole=whole)
+        yield from self._pieces_of(state, row, spans, None)
 
     def _blocks(self, state: Layer, row: Row, spans: Spans, heads: Heads) -> Iterator["BlockList | Near"]:
         """Some blocks of some kv heads."""
-        for piece in self._pieces_of(state, row, spans, heads, whole=False):
+        for piece in self._pieces_of(state, row, spans, heads):
             if isinstance(piece, Gathered):
                 rows = piece.rows.cpu().contiguous()
                 yield _as_list(piece, rows)
@@ -399,7 +396,7 @@ class Session:
                 yield piece
 
     def _pieces_of(
-        self, state: Layer, row: Row, spans: Spans, heads: Heads | None, *, whole: bool
+        self, state: Layer, row: Row, spans: Spans, heads: Heads | None
     ) -> Iterator["BlockList | Near | Gathered"]:
         if not spans.run.size:
             return
@@ -410,7 +407,7 @@ class Session:
         upcoming = partial(self._upcoming, state.number) if self.engine.sparse is None else nothing_more
         book = self.engine.mover.ledger
         for columns, batch in self.engine.reading(ids, upcoming):
-            on_cpu, moves = self.engine.on_cpu(batch), book.moves
+            on_cpu = self.engine.on_cpu(batch)
             here = np.where(on_cpu.all(0), 2, (~on_cpu).all(0))
             column = np.full(runs.size, -1)
             column[columns] = np.arange(columns.size)
@@ -433,10 +430,6 @@ class Session:
                 if not self.engine.mover.device.on_cpu:
                     yield from self._split(state, blocks_of, blocks, some.first)
                     continue
-                if whole and batch is ids and book.moves == moves:  # the pinned stay; what moved would have counted
-                    on_device = int(np.count_nonzero(book.device[ids] >= 0)) * state.shape.nbytes
-                    rest = ids.size * state.shape.nbytes - on_device
-                    row.at_hand = AtHand(moves, ids.ravel(), blocks, on_device, rest)
                 yield blocks
 
     def _split(

@@ -327,21 +327,6 @@ class Engine:
             loads.abandon()
             del held
 
-    def pin_again(self, flat: Ids, moves: int, device_bytes: int, host_bytes: int) -> object | None:
-        """Pin blocks that were all in memory when the ledger had counted ``moves``; None when something moved since.
-
-        Keep what is returned until the blocks are unpinned. The bytes are what the blocks have in each tier.
-        """
-        mover = self.mover
-        with mover.lock:
-            if mover.ledger.moves != moves:
-                return None
-            held = mover.hold()
-            mover.ledger.pin(flat)
-        self.touched.device += device_bytes
-        self.touched.host += host_bytes
-        return held
-
     def read_ahead(self, upcoming: Callable[[], Iterator[Ids]]) -> None:
         """Hand the reader the next cold blocks, as many as it may read ahead."""
         mover = self.mover
@@ -407,6 +392,12 @@ class Engine:
         self.touched.device += device * nbytes
         self.touched.ahead += ahead * nbytes
         self.touched.host += (ids.size - device - ahead) * nbytes
+
+    def used(self, ids: Ids) -> None:
+        """Attention used these pinned blocks of one layer, which were in memory when it began."""
+        with self.mover.lock:
+            self._count(ids)
+            self.mover.ledger.touch(ids)
 
     def unpin(self, ids: Ids, *, used: bool = False) -> None:
         """The blocks' memory is no longer read; with ``used`` attention used them."""

@@ -7,22 +7,45 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from alaya_tiers.attention import BlockList
 from alaya_tiers.blocks import BlockShape
 from alaya_tiers.engine import Engine
-from alaya_tiers.index.plan import History
+from alaya_tiers.index.codes import Layout
+from alaya_tiers.index.plan import History, Rates, Step
 from alaya_tiers.ledger import Ids
 from alaya_tiers.stats import Touched
+from alaya_tiers.tiers.mirror import Mirrored
+from alaya_tiers.view import Spans
 
 
 class AtHand(NamedTuple):
-    """All blocks of a row, when all of them were in memory the CPU reads and the ledger had counted ``moves``."""
+    """All blocks of a row, when all of them were in memory the CPU reads and the ledger had counted ``moves``.
+
+    ids, addresses: int64 [kv_heads, runs].
+    """
 
     moves: int
     ids: Ids
-    blocks: BlockList
-    device_bytes: int
-    host_bytes: int
+    addresses: npt.NDArray[np.int64]
+
+
+class Divided(NamedTuple):
+    """What a row's queries see, as sparse attention divides it.
+
+    outside: attended exactly; middle: blocks that have codes. codes: their addresses, int64 [kv_heads, middle];
+    mirrored: the same in a device's memory. codings: what the ledger had counted; held: keeps the codes in memory.
+    key: while it is the same and so are codings, all of this is.
+    """
+
+    key: tuple[int, ...]
+    outside: Spans
+    middle: Spans
+    codes: npt.NDArray[np.int64]
+    mirrored: Mirrored | None
+    codings: int
+    held: object
+    layout: Layout
+    step: Step
+    rates: Rates
 
 
 class Row:
@@ -30,6 +53,8 @@ class Row:
 
     at_hand: AtHand | None = None
     """What the last attention found, so that the next one need not look for it again."""
+    divided: Divided | None = None
+    """The same of sparse attention; ``held`` is not."""
     picked: npt.NDArray[np.int64] | None = None
     """Pages of blocks that the last sparse attention wanted tokens of, ascending."""
 

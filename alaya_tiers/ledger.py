@@ -107,6 +107,8 @@ class Ledger:
         self._group = np.empty(0, np.int32)
         self.moves = 0
         """Grows whenever a block comes into memory, leaves it, or changes its place there."""
+        self.codings = 0
+        """Grows whenever codes of blocks that live come or go."""
         self.tick = 0
         self.pass_tick = 0
         self.cursor = 0
@@ -245,12 +247,14 @@ class Ledger:
         """Forget all codes of a layer; the slots they were in."""
         of_layer = np.flatnonzero((self.layer == layer) & (self.code != NOWHERE))
         slots = self.code[of_layer]
+        self.codings += 1
         self.code[of_layer] = NOWHERE
         return slots[slots >= 0]
 
     def coded(self, ids: Ids, slots: Slots | int) -> None:
         """The codes of blocks are in ``slots``, or UNCODABLE."""
         assert (self.code[ids] == NOWHERE).all(), "a block was coded twice"
+        self.codings += 1
         self.code[ids] = slots
 
     # ------------------------------------------------------------------ use

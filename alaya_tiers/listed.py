@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,7 @@ from alaya_tiers import kernel
 from alaya_tiers.attention import Partial, attend_lists, capped, parts_of_row
 from alaya_tiers.blocks import PAGE, Geometry
 from alaya_tiers.engine import Engine
+from alaya_tiers.hand import Hand
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids, Slots
 from alaya_tiers.near import Tokens, copied_rows, on_cpu
@@ -40,43 +42,65 @@ class Asked:
         return parts_of_row(g.k_dim, g.v_dim, latent=self.latent)[1]
 
 
-def certain(asked: Asked, heads: Heads, spans: Spans, best: npt.NDArray[np.int32], rows: int, looks: Looks) -> Tensor:
+Numbers = TypeVar("Numbers", Tensor, npt.NDArray[np.int64], npt.NDArray[np.float32])
+
+
+def part_of(every: Numbers, heads: Heads) -> Numbers:
+    """What belongs to some kv heads, ascending; all of them need no copy."""
+    return every if len(heads) == len(every) else every[heads]
+
+
+def certain(
+    asked: Asked,
+    hand: Hand | None,
+    heads: Heads,
+    spans: Spans,
+    best: npt.NDArray[np.int32],
+    rows: int,
+    looks: Looks,
+) -> Tensor:
     """What the best keys of a scan score exactly. See index.codes.Verify."""
-    g = asked.state.shape.geometry
-    wanted, span = best >= 0, int(best.max()) + 1
-    lanes = np.arange(heads.size + 1) * span
-    each, at = np.unique((best + lanes[:-1, None])[wanted], return_inverse=True)
-    bounds = np.searchsorted(each, lanes)
-    tokens = [each[bounds[i] : bounds[i + 1]] - lanes[i] for i in range(heads.size)]
+    g, wanted = asked.state.shape.geometry, best >= 0
+    tokens = [
+        some[known] for some, known in zip(best.reshape(heads.size, -1), wanted.reshape(heads.size, -1), strict=True)
+    ]
     looks.compared(heads, tokens)
-    scores = torch.full(best.shape, -torch.inf)
-    if not each.size:
-        return scores
-    held = torch.zeros(each.size, g.width, dtype=g.dtype)
+    scores = np.full(best.shape, -np.inf, np.float32)
+    held = torch.zeros(sum(some.size for some in tokens), g.width, dtype=g.dtype)
     to = held.data_ptr() + np.arange(len(held)) * g.row_bytes
-    for some, where, _ in located(asked, heads, spans, tokens, rows):
+    for some, where, _ in located(asked, hand, heads, spans, tokens, rows):
         place = np.arange(len(held)) if some is None else np.flatnonzero(some)
         kernel.copy(where[place], to[place], np.full(place.size, g.row_bytes), None)
-    known = torch.from_numpy(wanted)
-    found = (asked.q[heads].cpu()[known].double() * held[torch.from_numpy(at), : asked.q.shape[2]]).sum(1) * asked.scale
-    found = capped(found, asked.softcap)
-    scores[known] = (found - 1e-6 * found.abs()).float()  # as a float it is smaller still than what the key scores
-    return scores
+    queries = part_of(asked.q, heads).detach().cpu().float().numpy()[wanted].astype(np.float64)
+    keys = held[:, : asked.q.shape[2]].float().numpy()
+    found = capped(torch.from_numpy(np.einsum("ij,ij->i", queries, keys) * asked.scale), asked.softcap).numpy()
+    scores[wanted] = found - 1e-6 * np.abs(found)  # as a float it is smaller still than what the key scores
+    return torch.from_numpy(scores)
 
 
-def lists(asked: Asked, heads: Heads, spans: Spans, found: list[npt.NDArray[np.int32]], rows: int) -> Iterator[Partial]:
+def lists(
+    asked: Asked, hand: Hand | None, heads: Heads, spans: Spans, found: list[npt.NDArray[np.int32]], rows: int
+) -> Iterator[Partial]:
     """Exact attention over single tokens of some kv heads, batch by batch as their blocks arrive. See located.
 
     Those in blocks of a device are attended there, while the CPU attends the others; their result comes last.
     """
     g, first = asked.state.shape.geometry, np.cumsum([0, *(tokens.size for tokens in found)])
     apart = list[Partial]()
-    for some, where, slots in located(asked, heads, spans, found, rows, note=True, apart=not asked.latent):
+    for some, where, slots in located(asked, hand, heads, spans, found, rows, note=True, apart=not asked.latent):
         bounds = first if some is None else np.append(0, np.cumsum(some))[first]
         at = where if some is None else where[some]
         if slots is None:
             yield attend_lists(
-                asked.q[heads], at, bounds, g.k_dim, g.v_dim, g.dtype, asked.scale, asked.softcap, latent=asked.latent
+                part_of(asked.q, heads),
+                at,
+                bounds,
+                g.k_dim,
+                g.v_dim,
+                g.dtype,
+                asked.scale,
+                asked.softcap,
+                latent=asked.latent,
             )
         else:
             tokens = Tokens(slots, at, bounds)
@@ -87,6 +111,7 @@ def lists(asked: Asked, heads: Heads, spans: Spans, found: list[npt.NDArray[np.i
 
 def located(
     asked: Asked,
+    hand: Hand | None,
     heads: Heads,
     spans: Spans,
     found: list[npt.NDArray[np.int32]],
@@ -97,10 +122,10 @@ def located(
 ) -> Iterator[tuple[npt.NDArray[np.bool_] | None, npt.NDArray[np.int64], Slots | None]]:
     """Where single tokens of some kv heads lie, batch by batch as their blocks or pages arrive, readable meanwhile.
 
-    found: for each of ``heads``, place of the block in ``spans`` x ``rows`` + offset, ascending. Yields which of all of
-    them in a row are meant, None: all; all their addresses; and None, where the CPU reads them. note: these are what
-    the next step may want too. apart: tokens on a device come by themselves, with its slots that they lie in; else
-    they are copied to the CPU.
+    found: for each of ``heads``, place of the block in ``spans`` x ``rows`` + offset, in any order. hand: all blocks
+    of the row, where they are in memory. Yields which of all tokens in a row are meant, None: all; their addresses; and
+    None, where the CPU reads them. note: these are what the next step may want too. apart: tokens on a device come by
+    themselves, with its slots that they lie in; else they are copied to the CPU.
     """
     state, row, engine, g = asked.state, asked.row, asked.state.engine, asked.state.shape.geometry
     counts = np.array([tokens.size for tokens in found])
@@ -108,6 +133,9 @@ def located(
         return
     tokens = np.concatenate(found)
     column, low = tokens // rows, int(spans.run[0])
+    if hand is not None:
+        yield None, hand.rows(heads, counts, spans.run[column], tokens - column * rows), None
+        return
     offsets = (tokens - column * rows) * g.row_bytes
     runs = np.arange(low, int(spans.run[-1]) + 1)
     cell = spans.run[column] + np.repeat(np.arange(heads.size) * runs.size - low, counts)  # of a table [heads, runs]

@@ -65,13 +65,15 @@ class Source(Protocol):
 
 class Known(NamedTuple):
     """What is known of blocks' codes. coded: bool [n], which columns have some. codes: int64 [heads, those], addresses
-    in host memory. mirrored: the same in a device's memory. held: keeps them all in memory.
+    in host memory. mirrored: the same in a device's memory. held: keeps them all in memory. codings: as the ledger
+    counts.
     """
 
     coded: npt.NDArray[np.bool_]
     codes: npt.NDArray[np.int64]
     mirrored: Mirrored | None
     held: object
+    codings: int
 
 
 class Partitions:
@@ -261,16 +263,22 @@ class Partitions:
     def here(self, ids: Ids) -> Known:
         """The same of what is in memory already."""
         with self._mover.lock:
-            code = self._mover.ledger.code[ids]
+            code, codings = self._mover.ledger.code[ids], self._mover.ledger.codings
             coded: npt.NDArray[np.bool_] = np.asarray((code >= 0).all(0))
             if self._arena is None or not coded.any():
-                return Known(coded, np.empty((ids.shape[0], 0), np.int64), None, None)
+                return Known(coded, np.empty((ids.shape[0], 0), np.int64), None, None, codings)
             slots, mirror, held = code[:, coded], self._mirror, [self._arena.hold()]
             mirrored = None
             if mirror is not None:
                 mirrored = Mirrored(mirror, slots, self._mover.lock)
                 held.append(mirror.hold())
-            return Known(coded, self._arena.addresses(slots), mirrored, held)
+            return Known(coded, self._arena.addresses(slots), mirrored, held, codings)
+
+    def hold(self, codings: int) -> object | None:
+        """Keeps all codes in memory while it lives; None when some came or went since the ledger had counted these."""
+        with self._mover.lock:
+            same = self._arena is not None and self._mover.ledger.codings == codings
+            return self._arena.hold() if self._arena is not None and same else None
 
     def _missing(self, ids: Ids) -> npt.NDArray[np.intp]:
         with self._mover.lock:

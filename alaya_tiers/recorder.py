@@ -66,9 +66,9 @@ class Looks:
         self._run, self._rows, self._size, self._recording = run, rows, size, recording
 
     def compared(self, heads: npt.NDArray[np.intp], best: list[npt.NDArray[np.int32]]) -> None:
-        """A scan begins: the keys that these heads compare first."""
+        """A scan begins: the keys that these heads compare first, in any order."""
         if self._recording:
-            self.every.append(Look(heads, self.places(best)))
+            self.every.append(Look(heads, self.places([np.unique(some) for some in best])))
 
     def attended(self, tokens: list[npt.NDArray[np.int32]]) -> None:
         """What they attend to then."""

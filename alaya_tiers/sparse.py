@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +26,12 @@ from alaya_tiers import kernel
 from alaya_tiers.attention import BlockList, Partial, merge, nothing
 from alaya_tiers.blocks import Geometry
 from alaya_tiers.config import Settings
+from alaya_tiers.hand import Hand, at_hand
 from alaya_tiers.index.codes import MOST_DIMS, MOST_ROWS, Layout, Reach, boundable, scan
 from alaya_tiers.index.plan import History, Limit, Rates, Step
-from alaya_tiers.layer import Layer, Row
+from alaya_tiers.layer import Divided, Layer, Row
 from alaya_tiers.ledger import Ids
-from alaya_tiers.listed import Asked, certain, lists, nothing_more
+from alaya_tiers.listed import Asked, certain, lists, nothing_more, part_of
 from alaya_tiers.near import Near, attend_anywhere
 from alaya_tiers.partitions import Partitions
 from alaya_tiers.picks import missed_share
@@ -67,8 +69,7 @@ Exact = Callable[[Spans, Heads], Iterator[BlockList | Near]]
 """Blocks of some kv heads of a row, batch by batch."""
 
 
-@dataclass(slots=True)
-class Looked:
+class Looked(NamedTuple):
     """What kv heads that look for keys have found. tokens: of each, as a scan names them. dear: those that had better
     read everything, whose tokens were not attended. near, whole: attention to window and tokens; and with the rest.
     """
@@ -78,25 +79,23 @@ class Looked:
     near: Partial
     whole: Partial
 
-    @classmethod
-    def nothing_yet(cls, window: Partial) -> Looked:
-        """Room for as many heads as ``window`` has."""
-        heads = len(window.out)
-        near, whole = (Partial(window.out.clone(), window.lse.clone()) for _ in range(2))
-        return cls([NONE] * heads, np.zeros(heads, bool), near, whole)
+    def but(self, some: Heads, found: Looked) -> Looked:
+        """The same, but for what some of the heads have found since."""
+        tokens, dear = self.tokens.copy(), self.dear.copy()
+        for head, theirs in zip(some.tolist(), found.tokens, strict=True):
+            tokens[head] = theirs
+        dear[some] = found.dear
+        at = torch.from_numpy(some)
+        near, whole = (
+            Partial(*(mine.index_copy(0, at, theirs) for mine, theirs in zip(*pair, strict=True)))
+            for pair in ((self.near, found.near), (self.whole, found.whole))
+        )
+        return Looked(tokens, dear, near, whole)
 
-    def put(self, some: Heads, found: Looked) -> None:
-        """What some of the heads have found."""
-        for head, tokens in zip(some.tolist(), found.tokens, strict=True):
-            self.tokens[head] = tokens
-        self.dear[some] = found.dear
-        for mine, theirs in ((self.near, found.near), (self.whole, found.whole)):
-            mine.out[some], mine.lse[some] = theirs.out, theirs.lse
-
-    @property
-    def share(self) -> Tensor:
+    def share(self) -> npt.NDArray[np.float32]:
         """Of the attention, what was not estimated. [heads, rows]."""
-        return torch.exp(self.near.lse - self.whole.lse)
+        found: npt.NDArray[np.float32] = torch.exp(self.near.lse - self.whole.lse).numpy()
+        return found
 
     @property
     def found(self) -> npt.NDArray[np.int_]:
@@ -111,80 +110,124 @@ def attend(
 
     visible: without ``extra``. Raises StoreError.
     """
-    state, row, q, s = asked.state, asked.row, asked.q, asked.state.engine.settings
-    g, size, rows = state.shape.geometry, state.shape.tokens, asked.q.shape[1]
-    low, high = int(visible.lo.max()), int(visible.hi.min())
-    first, last = -(-(low + s.sink_tokens) // size), min(high - s.recent_tokens, state.length) // size
-    every = visible.spans(state.length, size)
-    history.note_all(int(every.count.sum()))
-    if why := _exact_because(last - first, g, q):
-        history.exact(why, history.tokens)
-        return None
-    inner = (every.run >= first) & (every.run < last)
-    middle = every.where(inner)
-    coded, codes, mirrored, held = partitions.of(state.ids(row.first[middle.run]))
+    state, s = asked.state, asked.state.engine.settings
+    divided = _divided(asked, visible, partitions)
     if partitions.full:
         _warn_full(s)
-    if int(coded.sum()) < LEAST:
-        history.exact(NO_CODES, history.tokens)
+    if isinstance(divided, str):
+        history.exact(divided, int(visible.spans(state.length, state.shape.tokens).count.sum()))
         return None
-    inner[inner] = coded
-    outside, middle, layout = every.where(~inner), middle.where(coded), partitions.layout_of(state.number)
-    step = _step(state, row, outside, middle, layout, mirrored)
-    rates = _rates(state, row, middle)
-    look, most, bound = history.plan(step, rates, Limit.of(s, len(state.engine.mover.shapes)))
-    if not look.any():
+    history.note_all(int(divided.outside.count.sum()) + int(divided.middle.count.sum()))
+    if not history.plan(divided.step, divided.rates, Limit.of(s, len(state.engine.mover.shapes))).look.any():
         return None
-    group = rows // visible.lo.size
-    lo, hi = np.concatenate([visible.lo] * group), np.concatenate([visible.hi] * group)
+    with at_hand(state, asked.row) as hand:
+        return _attended(asked, history, visible, exact, use, partitions, divided, hand)
+
+
+def _divided(asked: Asked, visible: Visible, partitions: Partitions) -> Divided | str:
+    """What the queries see, divided, as in the last step if nothing changed; or why all of it must be read."""
+    state, row, s, book = asked.state, asked.row, asked.state.engine.settings, asked.state.engine.mover.ledger
+    g, size, lo, hi = state.shape.geometry, state.shape.tokens, visible.lo.tolist(), visible.hi.tolist()
+    first, last = -(-(max(lo) + s.sink_tokens) // size), min(min(hi) - s.recent_tokens, state.length) // size
+    if why := _exact_because(last - first, g, asked.q):
+        return why
+    end = min(-(-max(hi) // size) * size, state.length)
+    key = (book.moves, first, last, min(lo) // size, -(-end // size))
+    if visible.ranges is None and (known := row.divided) is not None and known.key == key:
+        held = partitions.hold(known.codings)
+        if held is not None:
+            return known._replace(outside=_until(known.outside, end, size), held=held)
+    row.divided = None
+    every = visible.spans(state.length, size)
+    inner = (every.run >= first) & (every.run < last)
+    middle = every.where(inner)
+    codes = partitions.of(state.ids(row.first[middle.run]))
+    if int(codes.coded.sum()) < LEAST:
+        return NO_CODES
+    inner[inner] = codes.coded
+    outside, middle, layout = every.where(~inner), middle.where(codes.coded), partitions.layout_of(state.number)
+    step, rates = _step(state, row, outside, middle, layout, codes.mirrored), _rates(state, row, middle)
+    found = Divided(key, outside, middle, *codes[1:3], codes.codings, codes.held, layout, step, rates)
+    if visible.ranges is None and not step.cold and state.engine.mover.lanes.device.on_cpu:
+        row.divided = found._replace(held=None)
+    return found
+
+
+def _until(spans: Spans, end: int, size: int) -> Spans:
+    """The same of a sequence that ends within the last of them now."""
+    count = spans.count.copy()
+    count[-1:] = np.minimum(end - spans.run[-1:] * size, size) - spans.first[-1:]
+    return Spans(spans.run, spans.first, count)
+
+
+def _attended(
+    asked: Asked,
+    history: History,
+    visible: Visible,
+    exact: Exact,
+    use: SparseUse,
+    partitions: Partitions,
+    divided: Divided,
+    hand: Hand | None,
+) -> Partial:
+    """See attend: some heads look. hand: the row's blocks, where all are in memory."""
+    state, q, s, rows = asked.state, asked.q, asked.state.engine.settings, asked.q.shape[1]
+    outside, middle, layout, recorder = divided.outside, divided.middle, divided.layout, state.engine.recorder
+    (look, most, bound), group = history.choice, rows // visible.lo.size
+    lo, hi = np.tile(visible.lo, group), np.tile(visible.hi, group)
 
     def dense(some: Spans, heads: Heads, top: Tensor | None = None) -> Iterator[Partial]:
-        for blocks in exact(some, heads):
+        for blocks in exact(some, heads) if hand is None or not some.run.size else [hand.blocks(some, heads)]:
             here = torch.empty(heads.size, rows)
-            yield attend_anywhere(q[heads], blocks, asked.scale, lo, hi, asked.softcap, here, latent=asked.latent)
+            yield attend_anywhere(
+                part_of(q, heads), blocks, asked.scale, lo, hi, asked.softcap, here, latent=asked.latent
+            )
             if top is not None:
                 torch.maximum(top, here, out=top)
 
-    heads, window, recorder = np.flatnonzero(look), int(outside.count.sum()), state.engine.recorder
-    looks = Looks(middle.run, layout.rows, size, recording=recorder is not None)
+    heads, window = np.flatnonzero(look), int(outside.count.sum())
+    looks = Looks(middle.run, layout.rows, state.shape.tokens, recording=recorder is not None)
     seed = torch.full((heads.size, rows), -torch.inf)
-    parts = [nothing(q[heads], asked.v_dim), *dense(outside, heads, seed)]
+    parts = [*dense(outside, heads, seed)] or [nothing(part_of(q, heads), asked.v_dim)]
     reach = Reach.of_share(s.alpha, most, s.index_sure or None)
 
     def within(some: Heads, far: npt.NDArray[np.float64], near: Partial) -> Looked:
         here = heads[some]
         found = scan(
-            q[here], codes[here], middle.first, middle.count, layout, reach, asked.scale, asked.softcap, seed[some],
-            partitions.scratch, distances=far, elsewhere=None if mirrored is None else mirrored.of(here),
-            verify=lambda best: certain(asked, here, middle, best, layout.rows, looks),
+            part_of(q, here), part_of(divided.codes, here), middle.first, middle.count, layout, reach, asked.scale,
+            asked.softcap, part_of(seed, some), partitions.scratch, distances=far,
+            elsewhere=None if divided.mirrored is None else divided.mirrored.of(here),
+            verify=lambda best: certain(asked, hand, here, middle, best, layout.rows, looks),
         )  # fmt: skip
-        dear = step.dear(np.array([tokens.size for tokens in found.tokens], np.float64), rates) & (not bound)
+        dear = divided.step.dear(np.array([tokens.size for tokens in found.tokens], np.float64), divided.rates)
+        dear &= not bound
         tokens = [NONE if everything else some for some, everything in zip(found.tokens, dear, strict=True)]
         looks.attended(tokens)
-        near = merge([near, *lists(asked, here, middle, tokens, layout.rows)])
-        use.scanned_bytes += here.size * int(coded.sum()) * layout.nbytes
-        return Looked(
-            found.tokens, dear, near, merge((near, Partial(found.rest.to(q.device), found.rest_lse.to(q.device))))
-        )
+        near = merge([near, *lists(asked, hand, here, middle, tokens, layout.rows)])
+        use.scanned_bytes += divided.codes[here].size * layout.nbytes
+        rest = Partial(found.rest.to(q.device), found.rest_lse.to(q.device))
+        return Looked(found.tokens, dear, near, merge((near, rest)))
 
     looked = _look(history, heads, merge(parts), s.mass_floor if most is None else 0.0, reach.distance, within)
-    del held
-    history.judge(looked.found.astype(np.float64), looked.dear, step, rates)
-    history.note(looked.share.amin(1).numpy(), window + looked.found, looked.dear)
-    sparse = ~looked.dear
-    near, whole = (Partial(*(x[sparse] for x in part)) for part in (looked.near, looked.whole))
-    _note(use, looked.share[sparse], window, looked.found[sparse], history.tokens)
+    history.judge(looked.found.astype(np.float64), looked.dear, divided.step, divided.rates)
+    history.note(looked.share().min(1), window + looked.found, looked.dear)
+    sparse = np.flatnonzero(~looked.dear)
+    near, whole = (Partial(*(part_of(x, sparse) for x in part)) for part in (looked.near, looked.whole))
+    share = part_of(looked.share(), sparse)
+    _note(use, share, window, looked.found[sparse], history.tokens)
     rest = np.concatenate([heads[looked.dear], np.flatnonzero(~look)])
     if recorder is not None:
-        places = looks.places([looked.tokens[i] for i in np.flatnonzero(sparse)])
-        mass = float(looked.share[sparse].mean()) if places else 1.0
+        places = looks.places([looked.tokens[i] for i in sparse])
+        mass = float(share.mean()) if places else 1.0
         recorder.found(state, rows, (window, history.tokens), heads[sparse], rest, places, mass, looks.every)
-    if s.measure_mass and sparse.any():
-        _compare(use, near, whole, merge(list(dense(every, heads[sparse]))))
+    if s.measure_mass and sparse.size:
+        everything = dense(visible.spans(state.length, state.shape.tokens), heads[sparse])
+        _compare(use, near, whole, merge(list(everything)))
     if not rest.size:
         return whole
     use.exact += rest.size * rows
-    return _together(heads[sparse], whole, rest, merge(list(dense(every, rest))))
+    everything = dense(visible.spans(state.length, state.shape.tokens), rest)
+    return _together(heads[sparse], whole, rest, merge(list(everything)))
 
 
 def _exact_because(blocks: int, g: Geometry, q: Tensor) -> str:
@@ -209,21 +252,20 @@ def _look(
     """What ``heads`` find, each as deep as it takes to attend to the share ``least`` of its attention.
 
     within: what some of them find within a distance of their best, beside the window. A head that still has too little
-    after ``TRIES`` reads everything. How deep a head had to look is where it begins in its next step.
+    after ``TRIES`` more reads everything. How deep a head had to look is where it begins in its next step.
     """
-    looked = Looked.nothing_yet(window)
     far = np.maximum(history.far[heads], distance)
-    some = np.arange(heads.size)
+    looked = within(np.arange(heads.size), far, window)
     for left in range(TRIES, -1, -1):
-        looked.put(some, within(some, far[some], Partial(window.out[some], window.lse[some])))
-        share = looked.share.amin(1).numpy()
-        short = (share < least) & ~looked.dear
-        if left == 0:
-            looked.dear |= short
-        some = np.flatnonzero(short)
-        if not some.size or not left:
+        share = looked.share().min(1)
+        some = np.flatnonzero((share < least) & ~looked.dear)
+        if not some.size:
+            break
+        if not left:
+            looked.dear[some] = True
             break
         far[some] += DEEPER
+        looked = looked.but(some, within(some, far[some], Partial(window.out[some], window.lse[some])))
     history.deepen(heads, far, share > least + SPARE, distance)
     return looked
 
@@ -307,9 +349,11 @@ def _uncoded(states: list[Layer], start: int, end: int) -> Iterator[tuple[Layer,
                     yield state, partitions, state.ids(missing[i : i + n])
 
 
-def _note(use: SparseUse, share: Tensor, window: int, found: npt.NDArray[np.int_], visible: int) -> None:
+def _note(
+    use: SparseUse, share: npt.NDArray[np.float32], window: int, found: npt.NDArray[np.int_], visible: int
+) -> None:
     """share: [heads, rows]; found: keys of each head, picked singly."""
-    steps, rows = share.numel(), share.shape[1]
+    steps, rows = share.size, share.shape[1]
     if not steps:
         return
     use.steps += steps

@@ -18,11 +18,11 @@ from alaya_tiers.devices.base import Ask, Scanning
 from alaya_tiers.engine import Engine
 from alaya_tiers.index.codes import Layout, Reach, scan
 from tests.test_device import sparse_over_three_tiers
-from tests.test_scan_kernels import Coded
 
 pytest.importorskip("triton", reason="triton is not installed: pip install 'alaya-tiers[gpu]'")
 
 from alaya_tiers.devices import cuda, kernels, scan_kernels
+from tests.test_scan_kernels import Coded
 
 HEADS, GROUP, DIM = 2, 2, 16
 
