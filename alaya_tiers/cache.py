@@ -42,7 +42,7 @@ from alaya_tiers.pace import Meter
 from alaya_tiers.picks import ahead
 from alaya_tiers.recorder import Recorder, recording
 from alaya_tiers.stats import Stats
-from alaya_tiers.view import Gather, Gathered, Heads, Spans, Visible, mask_of, positions_of, tiles
+from alaya_tiers.view import Gather, Gathered, Heads, Spans, Visible, check_asked, mask_of, positions_of, tiles
 
 __all__ = ["Session", "Visible"]
 
@@ -127,13 +127,20 @@ class Session:
         *,
         latent: bool = False,
     ) -> Tensor:
-        """Exact attention. q: [rows, query_heads, n, k_dim]; visible: one for each row; sinks: [query_heads] logits.
+        """Attention over what each query sees: exact, or sparse by the settings. visible: one for each row.
 
+        q: [rows, query_heads, n, k_dim]; sinks: [query_heads], logits of what only takes weight away. softcap: scores
+        (scaled) become softcap * tanh(score / softcap).
         latent: queries are compared with the whole row [k | v] (q: [..., k_dim + v_dim]) and k is summed; in MLA k is
-        the latent, v the rotary key. Returns [rows, query_heads, n, v_dim] in q's dtype. Raises StoreError; the session
-        is unchanged then.
+        the latent, v the rotary key. Returns [rows, query_heads, n, v_dim] in q's dtype. Raises InputError, StoreError;
+        the session is unchanged then.
         """
         self.engine.check_open()
+        if layer not in self.layers:
+            raise InputError(f"layer {layer} holds no keys: update() them first")
+        g = self.layers[layer].shape.geometry
+        dims = g.k_dim + g.v_dim if latent else g.k_dim
+        check_asked(q, (len(self.layers[layer].rows), g.kv_heads, dims), visible, scale, softcap, sinks)
         state, began, touched = self.layers[layer], self.engine.clock.monotonic(), replace(self.engine.touched)
         scanned = 0 if (use := self.engine.sparse) is None else use.scanned_bytes
         if self.engine.partitions is not None:
@@ -141,7 +148,7 @@ class Session:
         with self.engine.mover.lock:
             self.engine.mover.ledger.begin_pass(layer)
         rows, heads, n, _ = q.shape
-        v_dim = state.shape.geometry.k_dim if latent else state.shape.geometry.v_dim
+        v_dim = g.k_dim if latent else g.v_dim
         out = q.new_empty(rows, heads, n, v_dim)
         for r, row in enumerate(state.rows):
             done = 0

@@ -73,6 +73,7 @@ class Explanation:
     within reach (DIPR), to a number of keys at most where there is a limit of keys, bytes or time.
     """
 
+    mode: str
     alpha: float
     target: float | None
     layers: tuple[LayerPlan, ...]
@@ -100,7 +101,7 @@ class Explanation:
 
     def __str__(self) -> str:
         if not self.layers:
-            return "no layer has been attended sparsely yet"
+            return "mode='exact' reads everything" if self.mode == "exact" else "no layer has decoded a token yet"
         head = f"{'layer':>5}  {'tokens':>9}  {'found by head':<28}  {'attended':>8}  {'mass':>5}  {'predicted':>9}"
         lines = [f"{head}  {'measured':>9}  plan of kv heads"]
         for one in self.layers:
@@ -143,7 +144,7 @@ def explain(settings: Settings, layers: Iterable[Layer]) -> Explanation:
                 int(history.used.sum()) * state.shape.geometry.row_bytes, state.scanned, replace(state.touched),
             )
         )  # fmt: skip
-    return Explanation(settings.alpha, settings.attention_target, tuple(plans))
+    return Explanation(settings.mode, settings.alpha, settings.attention_target, tuple(plans))
 
 
 def _ms(seconds: float) -> str:

@@ -130,6 +130,12 @@ class IndexTests:
             except InputError:
                 continue
             raise AssertionError(f"queries {list(queries.shape)} and beta {beta} were taken")
+        for keys in (torch.ones(8), torch.ones(2, 3, 8), torch.ones(3, 0)):
+            try:
+                self.make(keys)
+            except InputError:
+                continue
+            raise AssertionError(f"an index of keys {list(keys.shape)} was made")
 
     def test_what_is_not_finite_is_refused_or_harmless(self) -> None:
         """An index may refuse such keys and queries; else it finds what brute force does, and nothing for NaN."""

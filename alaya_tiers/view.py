@@ -1,6 +1,7 @@
 """What queries see, and the tiles of KV that many queries attend at a time."""
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
@@ -97,6 +98,29 @@ class Visible:
             (np.concatenate(part) for part in zip(*pieces, strict=True)) if pieces else [np.empty(0, np.intp)] * 3
         )
         return Spans(run, first.astype(np.int32), count.astype(np.int32))
+
+
+def check_asked(
+    q: Tensor,
+    shape: tuple[int, int, int],
+    visible: Sequence[Visible],
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    """Raises InputError for what no attention over ``shape`` = rows, kv heads, dims of a key can answer."""
+    rows, kv_heads, dims = shape
+    if q.ndim != 4 or q.shape[0] != rows or q.shape[3] != dims or q.shape[1] % kv_heads or not q.shape[1]:
+        raise InputError(
+            f"queries {list(q.shape)} do not fit: they are [{rows} rows, a multiple of {kv_heads} heads, n, {dims}]"
+        )
+    if len(visible) != rows or any(seen.lo.size != q.shape[2] for seen in visible):
+        told = [seen.lo.size for seen in visible]
+        raise InputError(f"one Visible for each of {rows} rows, of {q.shape[2]} queries each, not of {told}")
+    if not math.isfinite(scale) or not (softcap is None or 0 < softcap < math.inf):
+        raise InputError(f"scale {scale} is a finite number, and softcap {softcap} one above 0, or None")
+    if sinks is not None and sinks.shape != (q.shape[1],):
+        raise InputError(f"sinks are one logit for each of {q.shape[1]} query heads, not {list(sinks.shape)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,12 @@ class Index(Protocol):
         ...
 
 
+def check_keys(keys: Tensor) -> None:
+    """Raises InputError for what no index can be made of."""
+    if keys.ndim != 2 or not keys.shape[1]:
+        raise InputError(f"keys of an index are [tokens, dim], not {list(keys.shape)}")
+
+
 def check_query(queries: Tensor, beta: float, dim: int) -> None:
     """Raises InputError for what no index can answer."""
     if not beta >= 0:

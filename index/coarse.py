@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alaya_tiers.errors import InputError
-from alaya_tiers.index.base import Found, check_query
+from alaya_tiers.index.base import Found, check_keys, check_query
 
 ROUNDS = 6
 """Of k-means: more change little."""
@@ -37,6 +37,7 @@ class Coarse:
             raise InputError(
                 f"clusters of {size} keys in segments of {segment}, {sure} deviations: all must be above 0"
             )
+        check_keys(keys)
         self.keys, self.sure = keys.float(), sure
         if not bool(torch.isfinite(self.keys.norm(dim=1) ** 2).all()):
             raise InputError(

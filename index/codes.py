@@ -31,7 +31,7 @@ from alaya_tiers.attention import Partial, merge
 from alaya_tiers.devices.base import Ask, Hits, Scanning
 from alaya_tiers.devices.cpu import CpuScan
 from alaya_tiers.errors import InputError
-from alaya_tiers.index.base import Found, check_query
+from alaya_tiers.index.base import Found, check_keys, check_query
 
 LANES, HEAD = 64, 8
 """As in scan.c: tokens coded together, floats in front of a block's codes."""
@@ -336,9 +336,15 @@ def _one(parts: list[tuple[npt.NDArray[np.intp], Hits]], rows: int) -> Scan:
 
 
 class Codes:
-    """Keys of one partition as codes, with the exact keys to verify what the scan finds. keys: float [tokens, dim]."""
+    """Keys of one partition as codes, with the exact keys to verify what the scan finds. keys: float [tokens, dim].
+
+    bits: 4 or 8; sure: see Reach. Raises InputError.
+    """
 
     def __init__(self, keys: Tensor, bits: int = 4, block_tokens: int = 256, sure: float | None = None) -> None:
+        check_keys(keys)
+        if bits not in MOST_DIMS or block_tokens < 1:
+            raise InputError(f"codes of {bits} bits in blocks of {block_tokens} tokens: 4 or 8 bits, 1 token or more")
         self.keys, self.sure = keys, sure
         self.layout = Layout(block_tokens, keys.shape[1], 1, bits)
         self._coded: list[Tensor | None] = []

@@ -4,14 +4,17 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from alaya_tiers.index.base import Found, check_query
+from alaya_tiers.index.base import Found, check_keys, check_query
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Flat:
-    """All keys, compared with every query. keys: float [tokens, dim]."""
+    """All keys, compared with every query. keys: float [tokens, dim]. Raises InputError."""
 
     keys: Tensor
+
+    def __post_init__(self) -> None:
+        check_keys(self.keys)
 
     def in_range(self, queries: Tensor, beta: float) -> Found:
         check_query(queries, beta, self.keys.shape[1])

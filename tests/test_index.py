@@ -269,6 +269,9 @@ def test_what_makes_no_sense_is_refused() -> None:
             Codes(torch.ones(1, dims), bits).in_range(torch.ones(1, dims), 1.0)
     with pytest.raises(InputError):
         Codes(torch.ones(2, 4)).in_range(torch.ones(1, 4), -1.0)
+    for bits, block_tokens in ((3, 64), (4, 0)):
+        with pytest.raises(InputError, match="4 or 8 bits"):
+            Codes(torch.ones(2, 4), bits, block_tokens)
     coded = Coded(1, 64, 8, 8, 8)
     with pytest.raises(InputError, match="128 queries"):
         coded.scan(torch.ones(1, 129, 8), Reach(1.0))

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from typer.testing import CliRunner
 
 from alaya_tiers import DB, contexts
 from alaya_tiers.cache import Visible
 from alaya_tiers.coded import MAGIC
 from alaya_tiers.errors import ConfigError, InputError
 from alaya_tiers.partitions import Partitions
+from alaya_tiers.tools import cli
 from tests.tiny import tiny
 
 TOKENS, LAYERS = 700, 3
@@ -121,6 +123,24 @@ def test_building_that_is_stopped_keeps_whole_segments_and_goes_on_after_them(
     assert sorted(file.read_bytes() for file in indexes(path)) == sorted(whole)
     for steps, partitions in ask(path, kv):
         assert (steps, partitions.seconds) == (8 * LAYERS, 0)
+
+
+def test_the_command_builds_with_bits_of_its_own(path: Path) -> None:
+    whole = [file.read_bytes() for file in indexes(path)]
+    with opened(path) as db:
+        name = db.contexts()[0].id
+    indexes(path)[1].unlink()
+    for bits, same in ((4, True), (8, False)):
+        result = CliRunner().invoke(cli.app, ["index", str(path), name[:12], "--bits", str(bits)])
+        assert result.exit_code == 0, result.output
+        assert result.output.startswith(f"{TOKENS} tokens of context {name[:12]}: ")
+        assert ([file.read_bytes() for file in indexes(path)] == whole) is same
+        with opened(path, index_bits=bits, io="buffered") as db:
+            assert db._contexts._indexes(db._contexts.manifest.chain(name)).keys() == {*db._contexts.manifest.segments}
+    for wrong, says in (([name[:12], "--bits", "3"], "index_bits is 4 or 8"), (["zzz"], "no context begins")):
+        result = CliRunner().invoke(cli.app, ["index", str(path), *wrong])
+        assert result.exit_code == 2
+        assert says in result.output
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -303,7 +303,7 @@ def test_each_head_has_a_plan_of_its_own_and_explains_it() -> None:
     k, v = kv(2000)
     q = torch.cat([0.3 * torch.randn(1, 4, 1, 16), 12 * torch.randn(1, 4, 1, 16)], 1)
     with filled(k, v, measure_mass=True) as cache:
-        assert "no layer" in str(cache.explain())
+        assert "no layer has decoded" in str(cache.explain())
         for step in range(3):  # the first head reads everything: after a scan, then without one
             got, want = ask(cache.session, q), truth(k, v, q)
             torch.testing.assert_close(got[:, :4].double(), want[:, :4], atol=1e-5, rtol=1e-4)
@@ -499,6 +499,30 @@ def test_closing_while_the_first_layer_comes(mode: str, monkeypatch: pytest.Monk
     assert engine.closed
     with pytest.raises(SessionClosed):
         cache.session.update(0, *kv(100))
+
+
+@pytest.mark.parametrize("mode", ["exact", "sparse"])
+def test_questions_that_make_no_sense(mode: str) -> None:
+    k, v = kv(1000)
+    q, seen = torch.randn(1, 8, 1, 16), [Visible.all(1000, 1)]
+    with filled(k, v, mode=mode) as cache:
+        session = cache.session
+        ask(session, q)
+        for wrong, says in (
+            ((1, q, seen, 0.25), "layer 1 holds no keys"),
+            ((0, q[..., :8], seen, 0.25), "queries"),
+            ((0, q[:, :7], seen, 0.25), "a multiple of 2 heads"),
+            ((0, q[0], seen, 0.25), "queries"),
+            ((0, q, [], 0.25), "one Visible for each of 1 rows"),
+            ((0, q, [*seen, *seen], 0.25), "one Visible"),
+            ((0, q, [Visible.all(1000, 2)], 0.25), "of 1 queries each"),
+            ((0, q, seen, math.nan), "scale nan"),
+            ((0, q, seen, 0.25, 0.0), "softcap"),
+            ((0, q, seen, 0.25, None, torch.zeros(3)), "sinks are one logit for each of 8"),
+        ):
+            with pytest.raises(InputError, match=says):
+                session.attention(*wrong)
+        assert str(cache.explain()).startswith("mode='exact'" if mode == "exact" else "layer")
 
 
 def test_settings_that_make_no_sense() -> None:

@@ -25,6 +25,7 @@ from alaya_tiers.live import TIERS, Screen
 from alaya_tiers.stats import Stats
 from alaya_tiers.tools import (
     bench,
+    build,
     carry,
     choice,
     compression,
@@ -103,6 +104,7 @@ app.command("ls", epilog="Example: [bold]alaya-tiers ls contexts/[/bold]")(store
 app.command("show", epilog="Example: [bold]alaya-tiers show contexts/ 3bb75c19[/bold]")(show.show)
 app.command("export", epilog="Example: [bold]alaya-tiers export contexts/ 3bb75c19 book.st[/bold]")(carry.export)
 app.command("import", epilog="Example: [bold]alaya-tiers import contexts/ book.st[/bold]")(carry.import_)
+app.command("index", epilog="Example: [bold]alaya-tiers index contexts/ 3bb75c19[/bold]")(build.command)
 app.command("verify", epilog="Example: [bold]alaya-tiers verify contexts/ --salvage saved/[/bold]")(fsck.verify)
 app.command("gc", epilog="Example: [bold]alaya-tiers gc contexts/ --dry-run[/bold]")(fsck.gc)
 
