@@ -279,7 +279,8 @@ class Session:
         """Inside, what this session and all others of its engine do is written to a file, line by line: a trace that
         ``alaya-tiers simulate`` replays.
 
-        What is yielded takes marks: ``recorder.mark("decode")``. Costs below 2 % of a decode step. Raises ConfigError.
+        What is yielded takes marks: ``recorder.mark("decode")``. Costs below 2 % of a decode step; in sparse mode every
+        head looks for keys meanwhile, so that what it finds is known to any replay. Raises ConfigError.
         """
         with recording(self.engine, path, self.engine.store.model) as recorder:
             yield recorder

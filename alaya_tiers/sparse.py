@@ -65,6 +65,9 @@ DEEPER = 2.0
 SPARE = 0.05
 """Share of the attention that a head has above what it must have before its reach shrinks again."""
 
+MOST_RECORDED = 0.5
+"""Share of the tokens beyond which what a head found is not recorded: it reads everything, in any replay too."""
+
 Exact = Callable[[Spans, Heads], Iterator[BlockList | Near]]
 """Blocks of some kv heads of a row, batch by batch."""
 
@@ -118,7 +121,8 @@ def attend(
         history.exact(divided, int(visible.spans(state.length, state.shape.tokens).count.sum()))
         return None
     history.note_all(int(divided.outside.count.sum()) + int(divided.middle.count.sum()))
-    if not history.plan(divided.step, divided.rates, Limit.of(s, len(state.engine.mover.shapes))).look.any():
+    limit, recorded = Limit.of(s, len(state.engine.mover.shapes)), state.engine.recorder is not None
+    if not history.plan(divided.step, divided.rates, limit, recorded=recorded).look.any():
         return None
     with at_hand(state, asked.row) as hand:
         return _attended(asked, history, visible, exact, use, partitions, divided, hand)
@@ -199,8 +203,10 @@ def _attended(
             elsewhere=None if divided.mirrored is None else divided.mirrored.of(here),
             verify=lambda best: certain(asked, hand, here, middle, best, layout.rows, looks),
         )  # fmt: skip
-        dear = divided.step.dear(np.array([tokens.size for tokens in found.tokens], np.float64), divided.rates)
-        dear &= not bound
+        sizes = np.array([tokens.size for tokens in found.tokens], np.float64)
+        dear = divided.step.dear(sizes, divided.rates) & (not bound)
+        if recorder is not None:
+            dear |= sizes > MOST_RECORDED * history.tokens
         tokens = [NONE if everything else some for some, everything in zip(found.tokens, dear, strict=True)]
         looks.attended(tokens)
         near = merge([near, *lists(asked, hand, here, middle, tokens, layout.rows)])

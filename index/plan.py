@@ -133,7 +133,8 @@ class Limit(NamedTuple):
 class Choice(NamedTuple):
     """The plan of a step. look: bool [kv_heads], which heads scan codes. most: keys each of them may find.
 
-    bound: nobody may read everything, even where that were faster: it would be more bytes than allowed.
+    bound: nobody may read everything, even where that were faster: it would be more bytes than allowed, or what is
+    found is recorded.
     """
 
     look: npt.NDArray[np.bool_]
@@ -172,8 +173,8 @@ class History:
         """What each head is likely to find, before it looked for the first time."""
         self.found, self._primed = np.asarray(found, np.float64).copy(), True
 
-    def plan(self, step: Step, rates: Rates, limit: Limit) -> Choice:
-        """What the next step does."""
+    def plan(self, step: Step, rates: Rates, limit: Limit, *, recorded: bool = False) -> Choice:
+        """What the next step does. recorded: every head looks, so that other plans can be replayed."""
         if self._primed:
             dear = step.picks(self.found, rates) + step.scan(rates) > step.flat(rates)
             self.pause, self.left, self._primed = dear * PRIMED_PAUSE, dear * PRIMED_PAUSE, False
@@ -185,7 +186,8 @@ class History:
             most.append(step.most(limit.seconds / look.size, rates))
         if limit.nbytes is not None:
             most.append(step.fitting(limit.nbytes / look.size))
-        bound = limit.nbytes is not None and look.size * (step.everything - step.window) > limit.nbytes
+        too_much = limit.nbytes is not None and look.size * (step.everything - step.window) > limit.nbytes
+        bound = recorded or too_much
         look |= bound
         self.choice = Choice(look, min(most, default=None), bound)
         found = np.minimum(self.found, min(most, default=math.inf))
