@@ -1,4 +1,4 @@
-"""The examples of README and docs/using.md run as they are written, but for the names of model and book."""
+"""The examples of README, docs/using.md and docs/sparse.md run as they are written, but for the names of model and book."""
 
 import os
 import re
@@ -58,15 +58,16 @@ def test_the_example_runs(root: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     cache.close()
 
 
-def test_every_way_in_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All blocks of docs/using.md, one after the other, in a folder with a model of that name."""
+@pytest.mark.parametrize("page", ["using.md", "sparse.md"])
+def test_every_way_in_runs(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, page: str) -> None:
+    """All blocks of a page, one after the other, in a folder with a model of that name."""
     small_model(tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)
-    text = (root / "docs" / "using.md").read_text()
+    text = (root / "docs" / page).read_text()
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
         line = text[: text.index(block)].count("\n")
-        exec(compile("\n" * line + block, "docs/using.md", "exec"), names)
+        exec(compile("\n" * line + block, f"docs/{page}", "exec"), names)
 
 
 def test_the_file_tree_tells_the_truth(root: Path) -> None:
