@@ -1,4 +1,4 @@
-"""The examples of README, docs/using.md and docs/sparse.md run as they are written, but for the names of model and book."""
+"""The examples of README, docs/using.md and docs/sparse.md run as written, but for the names of model and book."""
 
 import os
 import re
