@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import bench, choice, cli, heads, machine, overhead, rawdisk, ttft
+from alaya_tiers.tools import bench, choice, cli, heads, machine, offload, overhead, rawdisk, ttft
 from alaya_tiers.tools.baselines import (
     COMPETITORS,
     RAM,
@@ -343,6 +344,21 @@ def test_sparse_attention_is_drawn(tmp_path: Path) -> None:
     found = heads.Found(heads.Plan(), {}, machine.Bandwidth({"sum": 1e9}), rows=rows)
     heads.plot(found, tmp_path / "attention.png")
     assert (tmp_path / "attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
+@pytest.mark.leaks("matplotlib keeps the files of its fonts open")
+def test_steps_from_ssd_and_first_tokens_are_drawn(tmp_path: Path) -> None:
+    way = partial(offload.Way, read_bytes=1e6, selected=0.1, mass=0.9, pages={}, rss=1, first=0.1, first_bytes=1e6)
+    disk = machine.Bandwidth({"sum": 1e9})
+    steps = offload.Found(offload.Plan(), {}, disk, 1e5, 1 << 20, ways=[way("lru, none", [0.02, 0.03], 0.01)])
+    steps.in_memory = way("in memory", [0.01], 0.0)
+    offload.plot(steps, tmp_path / "offload.png")
+    rows = [
+        ttft.Row(n, n << 10, n, n / 1e6, n / 1e3, [ttft.Way(name, [n / 1e5]) for name in ttft.WAYS]) for n in (2, 8)
+    ]
+    ttft.plot(ttft.Found(Shape(), 6.0, {}, disk, rows=rows), tmp_path / "ttft.png")
+    assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("offload", "ttft"))
 
 
 def test_dipr_and_top_k_choose_from_the_same_weights(tmp_path: Path) -> None:

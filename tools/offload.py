@@ -26,12 +26,12 @@ from alaya_tiers.cache import Session, Visible
 from alaya_tiers.config import Settings, format_bytes
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import machine, rawdisk
+from alaya_tiers.tools import machine, rawdisk, reporting
 from alaya_tiers.tools.baselines import DTYPES, parse_contexts
 from alaya_tiers.tools.heads import CHUNK, HEADS, PASSAGE, Heads
 from alaya_tiers.tools.heads import Plan as HeadsPlan
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
-from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
+from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
 
 Say = Callable[[str], None]
 
@@ -264,6 +264,22 @@ def table(found: Found) -> Table:
     return made
 
 
+def plot(found: Found, path: Path) -> None:
+    """The mean step of each way: attention with its index, and waiting for the disk. Needs matplotlib."""
+    pyplot = reporting.pyplot()
+    ways = [*([] if found.in_memory is None else [found.in_memory]), *found.ways]
+    names, waited = [way.name for way in ways], [way.waited * 1e3 for way in ways]
+    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.5 * len(ways)))
+    rest = [max(0.0, statistics.mean(way.times) * 1e3 - wait) for way, wait in zip(ways, waited, strict=True)]
+    axes.barh(names, rest, color="tab:green", label="attention and index")
+    axes.barh(names, waited, left=rest, color="tab:red", label="waiting for the disk")
+    axes.invert_yaxis()
+    axes.set(xlabel="ms a step")
+    axes.legend()
+    figure.savefig(path, bbox_inches="tight")
+    pyplot.close(figure)
+
+
 def command(
     context: Annotated[str, typer.Option(help="Tokens.")] = "128K",
     times: Annotated[float, typer.Option(help="KV bytes over the host budget.")] = 8.0,
@@ -284,11 +300,13 @@ def command(
     in_memory: Annotated[bool, typer.Option(help="Also measure with everything in memory.")] = True,
     path: Annotated[Path | None, typer.Option(help="Directory on the disk to measure.")] = None,
     json_file: JsonFile = None,
+    plot_file: PlotFile = None,
     quick: Annotated[bool, typer.Option(help="Shows that it runs, measures nothing.")] = False,
 ) -> None:
     """Sparse decoding with most KV on SSD. Example: alaya-tiers bench offload --guess none,last,beside,across,hot"""
     errors = Console(stderr=True)
     with one_line_errors(errors):
+        need_matplotlib(plot_file)
         ways = tuple(itertools.product(eviction.split(","), guess.split(",")))
         plan = Plan(
             tokens=2048 if quick else parse_contexts(context)[0], times=times, kind=kind, drift=drift, ways=ways,
@@ -301,4 +319,6 @@ def command(
         )  # fmt: skip
         with errors.status("disk") as status:
             found = run(plan, status.update)
+        if plot_file is not None:
+            plot(found, plot_file)
     show([table(found)], found.as_dict(), json_file)

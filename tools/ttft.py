@@ -27,10 +27,10 @@ from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf.db import DB
 from alaya_tiers.parts import Chunk
-from alaya_tiers.tools import machine, rawdisk
+from alaya_tiers.tools import machine, rawdisk, reporting
 from alaya_tiers.tools.baselines import FILL_TOKENS, QUICK, VOCABULARY, Context, Shape, build_model, contexts_of
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
-from alaya_tiers.tools.reporting import JsonFile, one_line_errors, show
+from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
 
 Say = Callable[[str], None]
 
@@ -209,6 +209,21 @@ def table(found: Found) -> Table:
     return made
 
 
+def plot(found: Found, path: Path) -> None:
+    """Seconds to the first token over context length, way by way. Needs matplotlib."""
+    pyplot = reporting.pyplot()
+    figure, axes = pyplot.subplots()
+    tokens = [row.tokens for row in found.rows]
+    for way, name in enumerate(WAYS):
+        axes.loglog(tokens, [row.ways[way].median for row in found.rows], marker="o", label=name)
+    axes.loglog(tokens, [row.limit for row in found.rows], linestyle="--", label="reading the KV once")
+    axes.loglog(tokens, [row.prefill for row in found.rows], linestyle=":", label="prefill, in proportion")
+    axes.set(xlabel="tokens of context", ylabel="s to the first token")
+    axes.legend()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
 def command(
     contexts: Annotated[
         str | None, typer.Option(help=f"Context lengths. default: {CONTEXTS}; {QUICK} with --quick")
@@ -223,15 +238,19 @@ def command(
     head_dim: int = 64,
     directory: Annotated[str | None, typer.Option("--dir", help="A directory on the disk to measure.")] = None,
     json_file: JsonFile = None,
+    plot_file: PlotFile = None,
     quick: Annotated[bool, typer.Option(help="Shows that it runs, measures nothing.")] = False,
 ) -> None:
     """First token from a stored context, against loading it whole. Example: alaya-tiers bench ttft --contexts 32K"""
     errors = Console(stderr=True)
     with one_line_errors(errors):
+        need_matplotlib(plot_file)
         lengths = contexts_of(contexts, CONTEXTS, quick=quick)
         if min(*lengths, rounds) < 1 or not 0 < sharpness < 100:
             raise ConfigError("--contexts, --rounds and --sharpness must be positive")
         shape = Shape(layers, hidden, heads, kv_heads, head_dim, dtype)
         with errors.status("disk and model") as status:
             found = run(shape, lengths, 1 if quick else rounds, sharpness, directory, status.update)
+        if plot_file is not None:
+            plot(found, plot_file)
     show([table(found)], found.as_dict(), json_file)
