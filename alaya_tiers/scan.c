@@ -18,7 +18,6 @@
 #define _GNU_SOURCE
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
 #include "pool.h"
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -217,10 +216,24 @@ static void best_of_head(void *data, int64_t head, int64_t worker)
     }
 }
 
-static int descending(const void *a, const void *b)
+/* The largest but nth of n numbers, which are left in another order. */
+static float largest_but(float *x, int64_t n, int64_t nth)
 {
-    float x = *(const float *)a, y = *(const float *)b;
-    return (x < y) - (x > y);
+    for (int64_t low = 0, high = n - 1; low < high;) {
+        const float pivot = x[low + (high - low) / 2];
+        int64_t i = low, j = high;
+        while (i <= j) {
+            while (x[i] > pivot) i++;
+            while (x[j] < pivot) j--;
+            if (i > j) break;
+            const float other = x[i];
+            x[i++] = x[j], x[j--] = other;
+        }
+        if (nth > j && nth < i) break;
+        if (nth <= j) high = j;
+        else low = i;
+    }
+    return x[nth];
 }
 
 /* All pieces of a head: its best score, the hits it leaves, the estimate of the rest. */
@@ -272,8 +285,7 @@ static void finish_head(void *data, int64_t head, int64_t worker)
             }
             keys[n + i] = keys[i];
         }
-        qsort(keys + n, (size_t)n, sizeof(float), descending);
-        least = f->budget ? keys[n + f->budget - 1] : INFINITY;
+        least = f->budget ? largest_but(keys + n, n, f->budget - 1) : INFINITY;
         int64_t kept = 0;
         for (int64_t i = 0; i < n; i++) {
             if (keys[i] >= least && kept < f->budget) f->found[base + kept++] = f->found[base + i];
