@@ -78,6 +78,7 @@ class Engine:
             prefetch=by_name(PREFETCH, settings.prefetch),
             write=Watermark(settings.dirty_limit),
         )
+        self._of_pages = by_name(EVICTION, settings.eviction_of_pages), by_name(GUESS, settings.guess)
         self.clock: Clock = clock or SystemClock()
         self.recorder: Recorder | None = None
         """Told what sessions do, while somebody records them."""
@@ -174,9 +175,8 @@ class Engine:
         if self.sparse is not None:
             wake = partial(self._loop.call, self._mover.changed)
             self.partitions = Partitions(s, self._mover, self.accountant, wake)
-            eviction, guess = by_name(EVICTION, s.eviction_of_pages), by_name(GUESS, s.guess)
             self.pages = Pages(
-                self._mover, eviction, guess, s.page_share, s.prefetch_share, self.clock, self._loop.submit
+                self._mover, *self._of_pages, s.page_share, s.prefetch_share, self.clock, self._loop.submit
             )
         self._finalizer.detach()
         self._finalizer = weakref.finalize(self, _close, self.store, self._mover, self._loop, executor, self.partitions)

@@ -13,7 +13,7 @@ from alaya_tiers.blocks import PAGE
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.config import Settings
 from alaya_tiers.engine import Engine
-from alaya_tiers.errors import StoreCorrupt
+from alaya_tiers.errors import ConfigError, StoreCorrupt
 from alaya_tiers.pages import NOWHERE, Pages
 from alaya_tiers.policies import GUESS, SOURCES
 
@@ -25,6 +25,14 @@ SIZES: dict[str, Any] = {
 BLOCK = 64 * 2 * DIM * 4
 ROOMY = {"device_budget": "8MiB", "host_budget": "8MiB"}
 TIGHT = {"device_budget": 4 * LAYERS * HEADS * BLOCK, "host_budget": 16 * HEADS * BLOCK}
+
+
+@pytest.mark.parametrize("setting", ["eviction", "prefetch", "guess"])
+@pytest.mark.parametrize("mode", ["exact", "sparse"])
+def test_a_policy_that_nobody_knows_is_refused_before_anything_is_done(mode: str, setting: str) -> None:
+    known = {"eviction": "cost, heat, lru", "prefetch": "next, none", "guess": "across, beside, confident"}[setting]
+    with pytest.raises(ConfigError, match=f"unknown policy 'clock'; known are {known}"):
+        Engine(Settings.from_dict(SIZES | ROOMY | {"mode": mode, setting: "clock"}))
 
 
 def made(**changes: Any) -> Session:
