@@ -5,11 +5,9 @@ segments/NAME/index    one line: magic, sha256 and length of the header
                        the codes, layer by layer, run by run, head by head
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -18,19 +16,14 @@ import numpy.typing as npt
 import xxhash
 
 from alaya_tiers import kernel
-from alaya_tiers.blocks import PAGE, round_up
 from alaya_tiers.digest import of_rows
 from alaya_tiers.index.codes import Layout
-from alaya_tiers.seams import Disk, read_up_to
-from alaya_tiers.tiers.files import aligned
+from alaya_tiers.seams import Disk, read_into, read_up_to
 
 MAGIC, FAMILY = b"alaya-index-2", b"alaya-index-"
 MOST_HEADER = 64 << 20
-TOGETHER = 4 << 20
-"""Bytes of codes read at a time."""
-
-PIECE = 128 << 10
-"""Bytes of one read, of the many that are under way then."""
+TOGETHER = 2 << 20
+"""Bytes of codes read at a time: as a processor's cache holds."""
 
 _FIRST_LINE = 128
 _MOST_RUN = 1 << 30
@@ -54,31 +47,6 @@ class LayerCodes:
     def nbytes(self) -> int:
         """Bytes of one run."""
         return self.kv_heads * self.layout.nbytes
-
-
-class Part(NamedTuple):
-    """Runs of a layer, ascending, in an open file."""
-
-    handle: int
-    codes: LayerCodes
-    runs: list[int]
-
-    @property
-    def start(self) -> int:
-        """Where a direct read begins that has the first of them."""
-        return (self.codes.offset + self.runs[0] * self.codes.nbytes) // PAGE * PAGE
-
-    @property
-    def room(self) -> int:
-        """Bytes that reads from there on fill, for runs that follow each other."""
-        return round_up(self.codes.offset + (self.runs[-1] + 1) * self.codes.nbytes - self.start, PIECE)
-
-    def neighbours(self) -> Iterator[Part]:
-        """Runs that follow each other, at most so many together as are read at a time."""
-        numbers, most = np.array(self.runs), max(1, (TOGETHER - PAGE) // self.codes.nbytes)
-        for some in np.split(numbers, 1 + np.flatnonzero(np.diff(numbers) != 1)) if self.runs else ():
-            for at in range(0, some.size, most):
-                yield self._replace(runs=some[at : at + most].tolist())
 
 
 class OtherCodes(ValueError):
@@ -126,41 +94,27 @@ def run_of(disk: Disk, handle: int, codes: LayerCodes, run: int) -> bytearray | 
     return buffer if xxhash.xxh3_64_intdigest(buffer) == codes.digests[run] else None
 
 
-def runs_into(disk: Disk, parts: Iterable[Part], addresses: Addresses) -> Mask:
-    """Bring runs to where the codes of each head shall lie; which of them are what was written, bool [n].
+def runs_into(disk: Disk, handle: int, codes: LayerCodes, runs: list[int], addresses: Addresses) -> Mask:
+    """Bring runs, ascending, to where the codes of each head shall lie; which of them are what was written, bool [n].
 
-    addresses: int64 [n, kv_heads], of all parts' runs in a row. Neighbours are read together, and files at a time, into
-    memory that is used again and again; from there what is good is copied. What cannot be read is not what was written.
+    addresses: int64 [n, kv_heads]. Neighbours are read together, checked while they are in the processor's cache, then
+    copied: memory of the index is touched for what is good alone. What cannot be read is not what was written.
     """
-    good, at, room = np.zeros(len(addresses), bool), 0, aligned(TOGETHER)
-    for some in _batches(parts):
-        room = room if (need := sum(part.room for part in some)) <= room.size else aligned(need)
-        for part, rows in zip(some, _read(disk, some, room), strict=True):
-            here, nbytes = slice(at, at + len(rows)), part.codes.layout.nbytes
-            good[here] = of_rows(rows) == np.array(
-                [part.codes.digests[run] for run in part.runs[: len(rows)]], np.uint64
-            )
-            heads = rows.ctypes.data + np.arange(rows.size // nbytes).reshape(-1, part.codes.kv_heads) * nbytes
-            to = addresses[here][good[here]].ravel()
-            kernel.copy(heads[good[here]].ravel(), to, np.full(to.size, nbytes), 1)
-            at += len(part.runs)
+    good, nbytes, at = np.zeros(len(runs), bool), codes.layout.nbytes, 0
+    for group in _neighbours(runs, max(1, TOGETHER // codes.nbytes)):
+        rows = np.empty((len(group), codes.nbytes), np.uint8)
+        try:
+            got = read_into(disk, handle, rows.reshape(-1).data, codes.offset + group[0] * codes.nbytes)
+        except OSError:
+            got = 0
+        whole = got // codes.nbytes
+        here = slice(at, at + whole)
+        good[here] = of_rows(rows[:whole]) == np.array([codes.digests[run] for run in group[:whole]], np.uint64)
+        heads = rows.ctypes.data + np.arange(rows.size // nbytes).reshape(len(group), -1) * nbytes
+        to = addresses[here][good[here]].ravel()
+        kernel.copy(heads[:whole][good[here]].ravel(), to, np.full(to.size, nbytes), 1)
+        at += len(group)
     return good
-
-
-def _read(disk: Disk, parts: list[Part], room: npt.NDArray[np.uint8]) -> Iterator[npt.NDArray[np.uint8]]:
-    """Runs that follow each other in each part, read all at once into ``room``; of each as many as came, in rows."""
-    begins = np.cumsum([0, *(part.room for part in parts)])
-    reads = np.concatenate([part.start + np.arange(0, part.room, PIECE) for part in parts])
-    handles = np.concatenate([np.full(part.room // PIECE, part.handle, np.int32) for part in parts])
-    addresses = room.ctypes.data + np.arange(len(reads)) * PIECE
-    done = disk.read_pages(handles, reads, np.arange(len(reads) + 1), addresses, PIECE)
-    for part, begin in zip(parts, begins[:-1].tolist(), strict=True):
-        got = done[begin // PIECE : (begin + part.room) // PIECE]
-        short = np.flatnonzero(got < PIECE)
-        there = part.room if not short.size else int(short[0]) * PIECE + max(0, int(got[short[0]]))
-        first = part.codes.offset + part.runs[0] * part.codes.nbytes - part.start
-        whole = min(len(part.runs), max(0, there - first) // part.codes.nbytes)
-        yield room[begin + first : begin + first + whole * part.codes.nbytes].reshape(whole, part.codes.nbytes)
 
 
 def problem_of(disk: Disk, path: str, record: str) -> str | None:
@@ -189,16 +143,16 @@ def problem_of(disk: Disk, path: str, record: str) -> str | None:
         disk.close(handle)
 
 
-def _batches(parts: Iterable[Part]) -> Iterator[list[Part]]:
-    """Parts of runs that follow each other, as many at a time as fit together."""
-    batch: list[Part] = []
-    for part in (one for whole in parts for one in whole.neighbours()):
-        if batch and sum(one.room for one in batch) + part.room > TOGETHER:
-            yield batch
-            batch = []
-        batch.append(part)
-    if batch:
-        yield batch
+def _neighbours(runs: list[int], most: int) -> Iterator[list[int]]:
+    """Numbers that follow each other, at most so many together."""
+    group: list[int] = []
+    for run in runs:
+        if group and (run != group[-1] + 1 or len(group) == most):
+            yield group
+            group = []
+        group.append(run)
+    if group:
+        yield group
 
 
 def _data_at(header: int) -> int:

@@ -21,7 +21,7 @@ from alaya_tiers.damage import shortened
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import CorruptWarning, InputError, StoreCorrupt, StoreReadOnly
 from alaya_tiers.identity import Identity, Tokens
-from alaya_tiers.indexed import IndexFile, Kept, open_index, promise
+from alaya_tiers.indexed import IndexFile, open_index, promise
 from alaya_tiers.keeper import Keeper
 from alaya_tiers.layer import Layer, Row
 from alaya_tiers.ledger import Ids
@@ -102,12 +102,8 @@ class Contexts:
             return session
         with self._lock:
             wanted = dict.fromkeys(name for names in rows for name in names)
-            held, indexes = {}, self._indexes([name for name in wanted if not self._adopted.holds(name)])
-            try:
-                for name in wanted:
-                    held[name] = self._hold(name, device)
-            finally:
-                self._promise(held, indexes)
+            indexes = self._indexes([name for name in wanted if not self._adopted.holds(name)])
+            held = {name: self._hold(name, device, indexes.get(name)) for name in wanted}
             self.last_used |= dict.fromkeys(wanted, self.engine.clock.monotonic())
             for place, number in enumerate(sorted(self._prefixes.record(rows[0][0]).layers)):
                 first = [np.concatenate([held[name][place][0] for name in names]) for names in rows]
@@ -291,24 +287,19 @@ class Contexts:
         found = {name: open_index(disk, self.shelf.index_path(name), segments[name].digest, bits) for name in names}
         return {name: index for name, index in found.items() if index is not None}
 
-    def _promise(self, held: dict[str, Held], indexes: dict[str, IndexFile]) -> None:
-        """Blocks of segments have the codes of these indexes."""
-        kept = [
-            Kept(index, dict(zip(sorted(self._prefixes.record(name).layers), held[name], strict=True)))
-            for name, index in indexes.items()
-            if name in held
-        ]
-        if kept and self.engine.partitions is not None:
-            promise(self.shelf.disk, kept, self.engine.partitions, direct=self.engine.mover.ssd.direct)
-
-    def _hold(self, name: str, device: torch.device) -> Held:
-        """A segment's blocks, in the ledger."""
+    def _hold(self, name: str, device: torch.device, index: IndexFile | None) -> Held:
+        """A segment's blocks, in the ledger, and what is known of their index."""
         segment = self._prefixes.record(name)
         try:
             held = self._adopted.hold(name, segment, device)
         except StoreCorrupt as error:
             self._prefixes.lost(name, error)
             raise self._prefixes.corrupt(name) from error
+        if index is not None and self.engine.partitions is not None:
+            numbers = sorted(segment.layers)
+            blocks = {n: first for n, (first, _) in zip(numbers, held, strict=True)}
+            heads = {n: heads for n, (_, heads) in zip(numbers, held, strict=True)}
+            promise(index, blocks, heads, self.engine.partitions)
         return held
 
     def _expect_windows(self, session: Session, length: int) -> None:

@@ -47,6 +47,10 @@ MOST_WANTED = 64
 class Source(Protocol):
     """Codes that were made before and kept."""
 
+    def expect(self, layer: int) -> None:
+        """The codes of a layer will be loaded soon: have them come meanwhile."""
+        ...
+
     def fits(self, layer: int, heads: int, layout: Layout) -> bool:
         """Whether it has codes of a layer as they would be made."""
         ...
@@ -435,9 +439,12 @@ class Partitions:
                     return
                 layer = min(self._to_load)
                 promise, first = self._to_load[layer].pop()
-                if not self._to_load[layer]:
+                following = self._to_load[layer][-1][0].source if self._to_load[layer] else None
+                if following is None:
                     del self._to_load[layer]
             try:
+                if following is not None:
+                    following.expect(layer)
                 if (shape := self._mover.shapes.get(layer)) is not None and not self.full:
                     self._fetch(promise, first, shape.geometry.kv_heads)
             except Exception as error:  # nothing depends on it

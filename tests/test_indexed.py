@@ -214,15 +214,16 @@ def test_the_index_goes_with_its_context_and_is_no_other_blocks(path: Path, kv: 
 def test_all_headers_are_read_before_codes_are(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = list[str]()
 
-    def noted(name: str, do: Any, *arguments: Any, **named: Any) -> Any:
+    def noted(name: str, do: Any, *arguments: Any) -> Any:
         order.append(name)
-        return do(*arguments, **named)
+        return do(*arguments)
 
     for name in ("open_index", "promise"):
         monkeypatch.setattr(contexts, name, partial(noted, name, getattr(contexts, name)))
     with opened(path) as db:
         db.create_session(IDS)
-    assert order == ["open_index"] * len(indexes(path)) + ["promise"]
+    n = len(indexes(path))
+    assert order == ["open_index"] * n + ["promise"] * n
 
 
 def test_windows_are_on_their_way_when_a_session_is_made(path: Path) -> None:

@@ -13,7 +13,7 @@ from alaya_tiers import coded
 from alaya_tiers.blocks import PAGE
 from alaya_tiers.errors import IOFailed, StoreCorrupt
 from alaya_tiers.index.codes import Layout
-from alaya_tiers.seams import SystemDisk
+from alaya_tiers.seams import SystemDisk, read_into
 from alaya_tiers.testing_world import Fault, SimDisk
 from tests.test_ssd import HEADS, RUNS, Stored, disk
 
@@ -81,9 +81,8 @@ def test_a_file_that_ends_early_is_said_to(tmp_path: Path) -> None:
         read_blocks(stored, APART)
 
 
-@pytest.mark.parametrize("apart", [False, True])
 def test_codes_that_are_neighbours_are_read_together_and_bad_ones_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layout = Layout(64, 8, 8, 8)
     data = np.random.default_rng(0).integers(0, 256, (10, 2 * layout.nbytes), np.uint8)
@@ -92,26 +91,23 @@ def test_codes_that_are_neighbours_are_read_together_and_bad_ones_are_left_out(
     damaged = data.copy()
     damaged[6, 3] ^= 1
     (tmp_path / "codes").write_bytes(damaged.tobytes()[: 9 * codes.nbytes + 5])
-    monkeypatch.setattr(coded, "PIECE", PAGE)
-    if apart:
-        monkeypatch.setattr(coded, "TOGETHER", PAGE + 3 * codes.nbytes)
+    monkeypatch.setattr(coded, "TOGETHER", 3 * codes.nbytes)
     disk = SystemDisk()
-    handle, calls, take = disk.open(str(tmp_path / "codes"), create=False, direct=False), list[list[int]](), coded._read
+    handle, sizes, take = disk.open(str(tmp_path / "codes"), create=False, direct=False), list[int](), read_into
 
-    def noted(disk: Any, parts: list[coded.Part], room: Any) -> Any:
-        calls.append([len(part.runs) for part in parts])
-        return take(disk, parts, room)
+    def noted(disk: Any, handle: int, buffer: memoryview, offset: int) -> int:
+        sizes.append(len(buffer) // codes.nbytes)
+        return take(disk, handle, buffer, offset)
 
-    monkeypatch.setattr(coded, "_read", noted)
+    monkeypatch.setattr(coded, "read_into", noted)
     wanted = [0, 2, 3, 4, 5, 6, 7, 9]
     room = np.zeros((40, layout.nbytes), np.uint8)
     places = np.array([[0, 1], [4, 5], [6, 7], [8, 9], [30, 20], [12, 13], [14, 15], [16, 17]])
     try:
-        parts = [coded.Part(handle, codes, wanted[:5]), coded.Part(handle, codes, wanted[5:])]
-        good = coded.runs_into(disk, parts, room.ctypes.data + places * layout.nbytes)
+        good = coded.runs_into(disk, handle, codes, wanted, room.ctypes.data + places * layout.nbytes)
     finally:
         disk.close(handle)
-    assert calls == ([[1], [3], [1], [2], [1]] if apart else [[1, 4, 2, 1]])
+    assert sizes == [1, 3, 3, 1]
     assert good.tolist() == [run not in (6, 9) for run in wanted]
     for run, place in zip(np.array(wanted)[good], places[good], strict=True):
         assert np.array_equal(room[place].ravel(), data[run])
