@@ -142,7 +142,7 @@ class Settings:
     read_rate: float = 30e9
     scan_rate: float = 16e9
     ssd_rate: float = 1.5e9
-    look_seconds: float = 2e-3
+    look_seconds: float = 1e-3
     pick_seconds: float = 100e-9
     page_seconds: float = 15e-6
     block_tokens: int = 256

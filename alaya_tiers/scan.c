@@ -8,9 +8,10 @@
  * tokens is a multiple of 64, dims of 8.
  *
  * Pieces of a head's blocks are scanned by threads. First comes, for each query, the few blocks whose mean keys score best: what
- * is found there is a bar for all others, which most keys then fail at once. Then the last piece, and the others against the best
- * score in it. That is the first call; it names the key with the best score, so that the caller can look what its score is
- * exactly. The second call drops what the best of all pieces, or of what the caller knows, rules out.
+ * is found there is a bar for all others, which most keys then fail at once. Then the last piece, and the others in waves, each as
+ * many as all before, against the best score in those: whatever the number of threads. That is the first call; it names the key
+ * with the best score, so that the caller can look what its score is exactly. The second call drops what the best of all pieces,
+ * or of what the caller knows, rules out.
  *
  * Like attend.c this file includes itself once per instruction set.
  */
@@ -65,7 +66,14 @@ typedef struct scan {
     void (*scout)(const struct scan *, int64_t);
     void (*piece)(const struct scan *, int64_t, int64_t);
     void (*add)(const struct scan *, const float *, const float *, float *);
+    void (*weigh)(const struct scan *, float (*)[LANES], int64_t, float *, float *);
 } scan;
+
+/* Pieces of each head, counted from the last one backwards: some threads' work until all are done. */
+typedef struct {
+    const scan *of;
+    int64_t done, next;
+} wave;
 
 static const float LOG2_E = 1.44269504f;
 
@@ -145,28 +153,36 @@ static void scout_head(void *data, int64_t head, int64_t worker)
     f->scout(f, head);
 }
 
-static void last_piece(void *data, int64_t head, int64_t worker)
+static void one_of_wave(void *data, int64_t item, int64_t worker)
 {
-    const scan *f = data;
+    const wave *w = data;
+    const int64_t size = w->next - w->done;
     (void)worker;
-    f->piece(f, head, f->pieces - 1);
+    w->of->piece(w->of, item / size, w->of->pieces - 1 - w->done - item % size);
 }
 
-static void other_piece(void *data, int64_t item, int64_t worker)
+/* The best score of a row in a wave is a bar for the next one. */
+static void raise_bars(const wave *w)
 {
-    const scan *f = data;
-    (void)worker;
-    f->piece(f, item / (f->pieces - 1), item % (f->pieces - 1));
+    const scan *f = w->of;
+    for (int64_t hr = 0; hr < f->heads * f->rows; hr++)
+        for (int64_t i = w->done; i < w->next; i++) {
+            const float top = f->piece_top[(hr / f->rows * f->pieces + f->pieces - 1 - i) * f->rows + hr % f->rows];
+            const float sure = top == -INFINITY ? top : uncap(top, f->scale, f->softcap);
+            if (sure > f->bar[hr]) f->bar[hr] = sure;
+        }
 }
 
-/* What turned out not to matter goes back into the estimate, block by block: weights of the present block. */
+/* What turned out not to matter goes back into the estimate, block by block: scores in the present one, up to LANES at a time, and
+ * the weights of those before. */
 typedef struct {
-    int64_t block;
-    float weight[MAX_ROWS];
+    int64_t block, n;
+    float scores[MAX_ROWS][LANES], weight[MAX_ROWS];
 } dropped;
 
 static void put_back(const scan *f, int64_t head, dropped *d, float *sums)
 {
+    if (d->n) f->weigh(f, d->scores, d->n, d->weight, sums), d->n = 0;
     if (d->block >= 0) f->add(f, block_of(f, head, d->block), d->weight, sums);
     memset(d->weight, 0, sizeof(float) * (size_t)f->rows);
 }
@@ -175,18 +191,9 @@ static void drop(const scan *f, int64_t head, int32_t token, const float *scores
 {
     const int64_t block = token / f->tokens;
     if (block != d->block) put_back(f, head, d, sums), d->block = block;
-    for (int64_t r = 0; r < f->rows; r++) {
-        float *sum = sums + r * (f->v_dim + 2), x = cap(scores[r] * f->scale, f->softcap);
-        if (x < sum[f->v_dim] - 30.0f) continue;
-        if (x > sum[f->v_dim]) {
-            float shrink = sum[f->v_dim] == -INFINITY ? 0 : expf(sum[f->v_dim] - x);
-            for (int64_t i = 0; i < f->v_dim; i++) sum[i] *= shrink;
-            sum[f->v_dim + 1] *= shrink;
-            d->weight[r] *= shrink;
-            sum[f->v_dim] = x;
-        }
-        d->weight[r] += expf(x - sum[f->v_dim]);
-    }
+    else if (d->n == LANES) f->weigh(f, d->scores, d->n, d->weight, sums), d->n = 0;
+    for (int64_t r = 0; r < f->rows; r++) d->scores[r][d->n] = scores[r];
+    d->n++;
 }
 
 /* The best score of a row in all pieces, or what is known besides. */
@@ -258,7 +265,8 @@ static void finish_head(void *data, int64_t head, int64_t worker)
             a[f->v_dim] = top;
         }
     int64_t base = head * f->n * f->tokens;
-    dropped back = {.block = -1};
+    dropped back;
+    back.block = -1, back.n = 0;
     for (int64_t p = 0; p < f->pieces; p++) {
         int64_t from = base + p * f->per_piece * f->tokens;
         for (int64_t i = from; i < from + f->n_hits[head * f->pieces + p]; i++) {
@@ -375,11 +383,11 @@ int64_t alaya_scan(int64_t threads, int64_t finish, const float *q, const int64_
                .n = n, .dims = dims, .v_dim = v_dim, .tokens = tokens, .bits = bits, .codes_at = codes_at,
                .budget = budget, .scale = scale, .softcap = softcap, .reach = reach, .sure = sure, .best = best,
                .n_found = n_found, .top = top, .mass = mass, .lse = lse, .parts = sure < 1 ? 1 : 2,
-               .means = means_4, .scout = scout_4, .piece = scan_piece_4, .add = add_4}, *f = &s;
+               .means = means_4, .scout = scout_4, .piece = scan_piece_4, .add = add_4, .weigh = weigh_4}, *f = &s;
 #ifdef X86
     int widest = alaya_widest();
-    if (widest == 16 && __builtin_cpu_supports("avx512vnni")) f->means = means_16, f->scout = scout_16, f->piece = scan_piece_16, f->add = add_16;
-    else if (widest >= 8) f->means = means_8, f->scout = scout_8, f->piece = scan_piece_8, f->add = add_8;
+    if (widest == 16 && __builtin_cpu_supports("avx512vnni")) f->means = means_16, f->scout = scout_16, f->piece = scan_piece_16, f->add = add_16, f->weigh = weigh_16;
+    else if (widest >= 8) f->means = means_8, f->scout = scout_8, f->piece = scan_piece_8, f->add = add_8, f->weigh = weigh_8;
 #endif
     lay_out(f, room);
     if (threads > ALAYA_MAX_THREADS) threads = ALAYA_MAX_THREADS;
@@ -390,9 +398,12 @@ int64_t alaya_scan(int64_t threads, int64_t finish, const float *q, const int64_
         round_queries(f);
         alaya_run(threads, means_of_piece, &s, heads * f->pieces, 1);
         alaya_run(threads, scout_head, &s, heads, 1);
-        alaya_run(threads, last_piece, &s, heads, 1);
-        alaya_run(threads, other_piece, &s, heads * (f->pieces - 1), 1);
-        alaya_run(1, best_of_head, &s, heads, 1);
+        for (wave w = {f, 0, 1}; w.done < f->pieces; w.done = w.next, w.next = 2 * w.done) {
+            if (w.next > f->pieces) w.next = f->pieces;
+            alaya_run(threads, one_of_wave, &w, heads * (w.next - w.done), 1);
+            raise_bars(&w);
+        }
+        alaya_run(threads, best_of_head, &s, heads, 1);
     }
     return (char *)f->found - room;
 }
@@ -637,6 +648,33 @@ static void NAME(add)(const scan *f, const float *block, const float *weight, fl
     for (; r < f->rows; r++) NAME(add_rows)(f, block, weight + r, sums + r * (f->v_dim + 2), 1);
 }
 
+/* Weights of n scores of each row, unscaled, one block's, into its sums. What lies behind them in x is overwritten. */
+static void NAME(weigh)(const scan *f, float (*x)[LANES], int64_t n, float *weight, float *sums)
+{
+    const int64_t padded = (n + VL - 1) / VL * VL;
+    for (int64_t r = 0; r < f->rows; r++) {
+        float *sum = sums + r * (f->v_dim + 2), *most = sum + f->v_dim;
+        vf top = (vf){0} - INFINITY, total = {0};
+        for (int64_t i = n; i < padded; i++) x[r][i] = -INFINITY;
+        for (int64_t i = 0; i < padded; i += VL) {
+            const vf score = NAME(vcap)(loadf(x[r] + i) * f->scale, f->softcap);
+            storef(x[r] + i, score);
+            top = larger(score, top);
+        }
+        const float high = NAME(largest)(top);
+        if (high < *most - 30.0f || high == -INFINITY) continue;
+        if (high > *most) {
+            const float shrink = *most == -INFINITY ? 0 : expf(*most - high);
+            for (int64_t d = 0; d < f->v_dim; d++) sum[d] *= shrink;
+            sum[f->v_dim + 1] *= shrink;
+            weight[r] *= shrink;
+            *most = high;
+        }
+        for (int64_t i = 0; i < padded; i += VL) total += NAME(power)((loadf(x[r] + i) - *most) * LOG2_E);
+        weight[r] += NAME(total)(total);
+    }
+}
+
 INLINE void NAME(means_of)(const scan *f, const float *block, const float *q, int R, float *out)
 {
     const int8_t *mean_k = mean_k_of(block);
@@ -743,8 +781,7 @@ static void NAME(scan_piece)(const scan *f, int64_t head, int64_t piece)
     NAME(bars) k;
     if (last > f->n) last = f->n;
     for (int64_t r = 0; r < rows; r++) {
-        const float *last_top = f->piece_top + ((head + 1) * f->pieces - 1) * rows;
-        const float seed = piece == f->pieces - 1 || f->seed[at + r] > last_top[r] ? f->seed[at + r] : last_top[r];
+        const float seed = f->seed[at + r];
         memset(sums + r * width, 0, sizeof(float) * (size_t)width);
         k.most[r] = k.loud[r] = k.faint[r] = -INFINITY;
         float sure = seed == -INFINITY ? seed : uncap(seed, f->scale, f->softcap);

@@ -153,6 +153,34 @@ def test_a_scan_finds_all_and_estimates_the_rest(
             assert bool((found.rest_lse[head] == -torch.inf).all())
 
 
+@pytest.mark.parametrize("softcap", [None, 9.0])
+def test_a_scan_in_waves_finds_all_and_is_the_same_with_any_number_of_threads(
+    instructions: int, softcap: float | None
+) -> None:
+    """Seven pieces, the last one in part: each wave is held against the best of all before."""
+    coded = Coded(2, 50 * 1024, 8, 8, 4, block=1024)
+    q = 4 * torch.randn(2, 5, 8)
+    scores, threads, found = coded.scores(q, softcap), torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 3):
+            torch.set_num_threads(n)
+            found.append(coded.scan(q, Reach.of_share(0.3, sure=None), softcap))
+    finally:
+        torch.set_num_threads(threads)
+    for one in found[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(one.tokens, found[0].tokens, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(one[1:], found[0][1:], strict=True))
+    for head in range(2):
+        wanted = (scores[head] >= scores[head].amax(-1, keepdim=True) + math.log(0.3)).any(0)
+        got = coded.positions(found[0].tokens[head])
+        assert set(wanted.nonzero().flatten().tolist()) <= set(got)
+        assert len(got) < 25 * 1024, "nothing was dropped"
+        rest = torch.ones(50 * 1024, dtype=torch.bool)
+        rest[got] = False
+        want = attend_naive(q[head][None].double(), coded.k[head][None], coded.v[head][None], 0.2, rest, softcap)
+        assert bool(((found[0].rest_lse[head] - want.lse[0]).abs() < 0.3).all())
+
+
 def test_a_filter_is_pushed_down(instructions: int) -> None:
     """Only some tokens of some blocks are asked for: nothing else is found, compared with, or estimated."""
     coded = Coded(2, 512, 24, 16, 8)
