@@ -174,7 +174,7 @@ class Engine:
         self._mover.on_loop = self._loop.call
         if self.sparse is not None:
             wake = partial(self._loop.call, self._mover.changed)
-            self.partitions = Partitions(s, self._mover, self.accountant, wake)
+            self.partitions = Partitions(s, self._mover, self.accountant, wake, latent_dim(self.store.model))
             self.pages = Pages(
                 self._mover, *self._of_pages, s.page_share, s.prefetch_share, self.clock, self._loop.submit
             )
@@ -567,3 +567,10 @@ def _close(
         for tier in (mover.device, mover.host, mover.ssd):
             tier.close()
     store.close()
+
+
+def latent_dim(model: Model | None) -> int | None:
+    """Numbers of what an MLA model keeps of a token in place of keys, by its configuration; None for others."""
+    config = (model or {}).get("text_config") or model or {}
+    rank = config.get("kv_lora_rank")
+    return rank if isinstance(rank, int) else None

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from alaya_tiers import kernel
 from alaya_tiers.attention import parts_of_row
-from alaya_tiers.blocks import BlockShape, round_up
+from alaya_tiers.blocks import BlockShape, Geometry, round_up
 from alaya_tiers.config import Settings
 from alaya_tiers.devices.cpu import plain_slab
 from alaya_tiers.index.codes import MOST_DIMS, Layout, Scratch, encode
@@ -77,9 +77,17 @@ class Known(NamedTuple):
 
 
 class Partitions:
-    """Codes of blocks, and the thread of low priority that makes them. wake: called when waiters may go on."""
+    """Codes of blocks, and the thread of low priority that makes them. wake: called when waiters may go on. latent_dim:
+    numbers of the model's latents (MLA): keys of that shape will be attended as such."""
 
-    def __init__(self, settings: Settings, mover: Mover, accountant: Accountant, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        mover: Mover,
+        accountant: Accountant,
+        wake: Callable[[], None],
+        latent_dim: int | None = None,
+    ) -> None:
         self._settings, self._mover, self._accountant, self._wake = settings, mover, accountant, wake
         self._arena: Arena | None = None
         self._mirror: Mirror | None = None
@@ -96,7 +104,7 @@ class Partitions:
         self.seconds = 0.0
         """Time it took to make codes."""
         self._local = threading.local()
-        self._latent = set[int]()  # layers whose queries are compared with whole rows
+        self._latent_dim, self._latent = latent_dim, dict[int, bool]()  # of layers: are whole rows what is compared
         self._promises = Promises[Source]()
         self._to_load: dict[int, list[tuple[Promise[Source], Ids]]] = {}  # of each layer: promises, first ids of runs
         self._loading: set[Promise[Source]] = set()
@@ -115,25 +123,28 @@ class Partitions:
     def layout_of(self, layer: int, shape: BlockShape | None = None) -> Layout:
         """How blocks of a layer are coded. shape: of its blocks, if it has none yet."""
         shape = self._mover.shapes[layer] if shape is None else shape
-        g, latent = shape.geometry, layer in self._latent
-        key, value, _ = parts_of_row(g.k_dim, g.v_dim, latent=latent)
+        g = shape.geometry
+        key, value, _ = parts_of_row(g.k_dim, g.v_dim, latent=self._is_latent(layer, g))
         return Layout(shape.tokens, key, value, self._settings.index_bits)
 
     def attended(self, layer: int, *, latent: bool) -> None:
         """How a layer's rows are attended, see attention.BlockList: codes that were made for the other way are let go.
 
-        They were made before the first attention over a layer.
+        They were made before the first attention over a layer, which is what its keys look like until then.
         """
-        if (layer in self._latent) == latent:
+        if self._is_latent(layer, self._mover.shapes[layer].geometry) == latent:
             return
         with self._making, self._mover.lock:
-            (self._latent.add if latent else self._latent.discard)(layer)
+            self._latent[layer] = latent
             freed = self._mover.ledger.uncode(layer)
             if self._arena is None:
                 return
             self._arena.give(freed)
             if not self._arena.used:  # its slots may be too small now
                 self._drop()
+
+    def _is_latent(self, layer: int, g: Geometry) -> bool:
+        return self._latent.get(layer, g.kv_heads == 1 and g.k_dim == self._latent_dim)
 
     def promise(self, first: Ids, runs: npt.NDArray[np.integer], source: Source, layer: int) -> None:
         """Codes of runs (first block ids, numbers in the source) need not be made: they are loaded.

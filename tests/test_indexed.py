@@ -18,6 +18,7 @@ from alaya_tiers.coded import MAGIC
 from alaya_tiers.errors import ConfigError, InputError
 from alaya_tiers.partitions import Partitions
 from alaya_tiers.tools import cli
+from tests.test_sparse import deepseek
 from tests.tiny import tiny
 
 TOKENS, LAYERS = 700, 3
@@ -123,6 +124,30 @@ def test_building_that_is_stopped_keeps_whole_segments_and_goes_on_after_them(
     assert sorted(file.read_bytes() for file in indexes(path)) == sorted(whole)
     for steps, partitions in ask(path, kv):
         assert (steps, partitions.seconds) == (8 * LAYERS, 0)
+
+
+def test_latents_are_coded_and_loaded_as_what_they_are(tmp_path: Path) -> None:
+    """MLA: before anybody attended, keys are known to be latents by the model's configuration."""
+    model, torch_ids = deepseek(), torch.randint(1, 97, (1, TOKENS), generator=torch.Generator().manual_seed(1))
+    changes: dict[str, Any] = {"alpha": 0.01, "index_sure": 0}
+    rows = torch.randn(1, 1, TOKENS, 24)
+    latent, rotary = rows[..., :16], rows[..., 16:]
+    with DB(tmp_path, model=model, **(SETTINGS | changes)) as db:
+        db.import_context(torch_ids, [(latent, rotary)] * 2)
+    with DB(tmp_path, model=model, **(SETTINGS | changes)) as db:
+        session, _ = db.create_session(torch_ids)
+        length = session.get_seq_length()
+        q = 6 * torch.randn(1, 4, 1, 24)
+        for layer in range(2):
+            got = session.session.attention(layer, q, [Visible.all(length, 1)], 0.25, latent=True)
+            weights = torch.softmax(0.25 * q.double() @ rows[:, :, :length].double().mT, -1)
+            want = weights @ latent[:, :, :length].double()
+            assert float((got - want).norm() / want.norm()) < 0.05
+        use, partitions = session.stats().sparse, session.session.engine.partitions
+        assert use is not None
+        assert partitions is not None
+        assert (use.steps, use.exact) == (8, 0)
+        assert partitions.seconds == 0, "codes were made anew"
 
 
 def test_the_command_builds_with_bits_of_its_own(path: Path) -> None:
