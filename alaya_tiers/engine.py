@@ -174,7 +174,7 @@ class Engine:
         self._mover.on_loop = self._loop.call
         if self.sparse is not None:
             wake = partial(self._loop.call, self._mover.changed)
-            self.partitions = Partitions(s, self._mover, self.accountant, wake, latent_dim(self.store.model))
+            self.partitions = Partitions(s, self._mover, self.accountant, wake, latent_dim(self.shelf.model))
             self.pages = Pages(
                 self._mover, *self._of_pages, s.page_share, s.prefetch_share, self.clock, self._loop.submit
             )
