@@ -61,9 +61,7 @@ def certain(
 ) -> Tensor:
     """What the best keys of a scan score exactly. See index.codes.Verify."""
     g, wanted = asked.state.shape.geometry, best >= 0
-    tokens = [
-        some[known] for some, known in zip(best.reshape(heads.size, -1), wanted.reshape(heads.size, -1), strict=True)
-    ]
+    tokens = [some[known] for some, known in zip(best, wanted, strict=True)]
     looks.compared(heads, tokens)
     scores = np.full(best.shape, -np.inf, np.float32)
     held = torch.zeros(sum(some.size for some in tokens), g.width, dtype=g.dtype)
@@ -92,16 +90,9 @@ def lists(
         at = where if some is None else where[some]
         if slots is None:
             yield attend_lists(
-                part_of(asked.q, heads),
-                at,
-                bounds,
-                g.k_dim,
-                g.v_dim,
-                g.dtype,
-                asked.scale,
-                asked.softcap,
+                part_of(asked.q, heads), at, bounds, g.k_dim, g.v_dim, g.dtype, asked.scale, asked.softcap,
                 latent=asked.latent,
-            )
+            )  # fmt: skip
         else:
             tokens = Tokens(slots, at, bounds)
             apart.append(tokens.attend(asked.state.engine, asked.q[heads], g, asked.scale, asked.softcap))

@@ -288,8 +288,9 @@ class Partitions:
     def hold(self, codings: int) -> object | None:
         """Keeps all codes in memory while it lives; None when some came or went since the ledger had counted these."""
         with self._mover.lock:
-            same = self._arena is not None and self._mover.ledger.codings == codings
-            return self._arena.hold() if self._arena is not None and same else None
+            if self._arena is None or self._mover.ledger.codings != codings:
+                return None
+            return self._arena.hold()
 
     def _missing(self, ids: Ids) -> npt.NDArray[np.intp]:
         with self._mover.lock:

@@ -91,6 +91,15 @@ static float bound(const scan *f, int64_t hr, hit h)
     return f->sure * f->q_norm[hr] * h.width + f->q_error[hr] * h.norm;
 }
 
+/* Weighted values of the blocks so far were relative to the score ``most`` and become so to ``high``. Returns the factor. */
+static float shrink(const scan *f, float *sum, float most, float high)
+{
+    const float by = most == -INFINITY ? 0 : expf(most - high);
+    for (int64_t d = 0; d < f->v_dim; d++) sum[d] *= by;
+    sum[f->v_dim + 1] *= by;
+    return by;
+}
+
 static const float *block_of(const scan *f, int64_t head, int64_t b) { return (const float *)f->blocks[head * f->n + b]; }
 
 /* A block's mean key and what stands before it are on their way. */
@@ -560,10 +569,8 @@ typedef struct {
 /* A score of the estimate is larger than all before: weights so far shrink. */
 static void NAME(raise)(const scan *f, NAME(bars) *k, int64_t r, float x, float *sum)
 {
-    float high = cap(x * f->scale, f->softcap), shrink = k->most[r] == -INFINITY ? 0 : expf(k->most[r] - high);
-    for (int64_t d = 0; d < f->v_dim; d++) sum[d] *= shrink;
-    sum[f->v_dim + 1] *= shrink;
-    k->weight[r] *= shrink;
+    const float high = cap(x * f->scale, f->softcap);
+    k->weight[r] *= shrink(f, sum, k->most[r], high);
     k->most[r] = high;
     k->loud[r] = x;
     k->faint[r] = uncap(high - 30.0f, f->scale, f->softcap);
@@ -664,10 +671,7 @@ static void NAME(weigh)(const scan *f, float (*x)[LANES], int64_t n, float *weig
         const float high = NAME(largest)(top);
         if (high < *most - 30.0f || high == -INFINITY) continue;
         if (high > *most) {
-            const float shrink = *most == -INFINITY ? 0 : expf(*most - high);
-            for (int64_t d = 0; d < f->v_dim; d++) sum[d] *= shrink;
-            sum[f->v_dim + 1] *= shrink;
-            weight[r] *= shrink;
+            weight[r] *= shrink(f, sum, *most, high);
             *most = high;
         }
         for (int64_t i = 0; i < padded; i += VL) total += NAME(power)((loadf(x[r] + i) - *most) * LOG2_E);

@@ -216,10 +216,11 @@ def _attended(
 
     looked = _look(history, heads, merge(parts), s.mass_floor if most is None else 0.0, reach.distance, within)
     history.judge(looked.found.astype(np.float64), looked.dear, divided.step, divided.rates)
-    history.note(looked.share().min(1), window + looked.found, looked.dear)
+    share = looked.share()
+    history.note(share.min(1), window + looked.found, looked.dear)
     sparse = np.flatnonzero(~looked.dear)
     near, whole = (Partial(*(part_of(x, sparse) for x in part)) for part in (looked.near, looked.whole))
-    share = part_of(looked.share(), sparse)
+    share = part_of(share, sparse)
     _note(use, share, window, looked.found[sparse], history.tokens)
     rest = np.concatenate([heads[looked.dear], np.flatnonzero(~look)])
     if recorder is not None:

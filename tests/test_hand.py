@@ -22,6 +22,15 @@ def forget(session: Session) -> None:
         row.at_hand = row.divided = None
 
 
+def asked_once(cache: AlayaCache) -> tuple[Session, Tensor]:
+    """A session of 20 blocks that have codes, and the query that it answered."""
+    cache.session.update(0, *kv(20 * BLOCK))
+    wait(cache)
+    q = 12 * torch.randn(1, 8, 1, 16)
+    ask(cache.session, q)
+    return cache.session, q
+
+
 @pytest.mark.parametrize("mode", ["exact", "sparse"])
 @pytest.mark.parametrize("seed", range(4))
 def test_an_attention_that_remembers_is_one_that_looks_again(mode: str, seed: int) -> None:
@@ -83,11 +92,7 @@ def test_codes_are_asked_for_when_something_moved(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(Partitions, "of", counted)
     with AlayaCache(**(SIZES | ROOM | CLEAR)) as cache:
-        session = cache.session
-        session.update(0, *kv(20 * BLOCK))
-        wait(cache)
-        q = 12 * torch.randn(1, 8, 1, 16)
-        ask(session, q)
+        session, q = asked_once(cache)
         for _ in range(BLOCK - 1):
             session.update(0, *kv(1))
             ask(session, q)
@@ -101,11 +106,7 @@ def test_codes_are_asked_for_when_something_moved(monkeypatch: pytest.MonkeyPatc
 
 def test_codes_of_blocks_that_are_gone_are_not_scanned(monkeypatch: pytest.MonkeyPatch) -> None:
     with AlayaCache(**(SIZES | ROOM | CLEAR)) as cache:
-        session = cache.session
-        session.update(0, *kv(20 * BLOCK))
-        wait(cache)
-        q = 12 * torch.randn(1, 8, 1, 16)
-        ask(session, q)
+        session, q = asked_once(cache)
         monkeypatch.setattr(Partitions, "offer", lambda self, ids: None)  # what comes now has no codes
         session.crop(14 * BLOCK)
         session.update(0, *kv(6 * BLOCK))
