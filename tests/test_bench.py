@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import os
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from alaya_tiers.tools.baselines import (
     parse_contexts,
 )
 from alaya_tiers.tools.bench import Bench, Report, run
+from alaya_tiers.tools.spans import Split
 
 TINY = Shape(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16)
 SIZES = ("--layers", "2", "--hidden", "64", "--heads", "4", "--kv-heads", "2", "--head-dim", "16")
@@ -349,13 +351,17 @@ def test_sparse_attention_is_drawn(tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="needs matplotlib")
 @pytest.mark.leaks("matplotlib keeps the files of its fonts open")
 def test_steps_from_ssd_and_first_tokens_are_drawn(tmp_path: Path) -> None:
-    way = partial(offload.Way, read_bytes=1e6, selected=0.1, mass=0.9, pages={}, rss=1, first=0.1, first_bytes=1e6)
+    split = Split(0.025, 0.01, 0.0, 0.0, 0.01, 0.005, 0.01, 0.002)
+    way = partial(
+        offload.Way, read_bytes=1e6, selected=0.1, mass=0.9, pages={}, rss=1, first=0.1, first_bytes=1e6, split=split
+    )
     disk = machine.Bandwidth({"sum": 1e9})
     steps = offload.Found(offload.Plan(), {}, disk, 1e5, 1 << 20, ways=[way("lru, none", [0.02, 0.03], 0.01)])
     steps.in_memory = way("in memory", [0.01], 0.0)
     offload.plot(steps, tmp_path / "offload.png")
     rows = [
-        ttft.Row(n, n << 10, n, n / 1e6, n / 1e3, [ttft.Way(name, [n / 1e5]) for name in ttft.WAYS]) for n in (2, 8)
+        ttft.Row(n, n << 10, n, n / 1e6, n / 1e3, [ttft.Way(name, [n / 1e5], [split]) for name in ttft.WAYS])
+        for n in (2, 8)
     ]
     ttft.plot(ttft.Found(Shape(), 6.0, {}, disk, rows=rows), tmp_path / "ttft.png")
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("offload", "ttft"))
@@ -403,10 +409,22 @@ def test_the_first_token_of_a_stored_context(tmp_path: Path) -> None:
     row = found["rows"][0]
     assert [way["name"] for way in row["ways"]] == list(ttft.WAYS)
     assert row["ways"][-1]["read_bytes"] >= row["kv_bytes"]
-    assert all(way["seconds"][0] > 0 for way in row["ways"])
+    for way in row["ways"]:
+        assert way["seconds"] == [way["splits"][0]["total"]]
+        adds_up(way["splits"][0])
+        assert way["splits"][0]["waited"] > 0
+    assert row["ways"][0]["splits"][0]["session"] > 0
+    assert row["ways"][-1]["splits"][0]["session"] == 0
     assert row["index_bytes"] > 0
     assert not list(tmp_path.glob("bench-*"))
     assert CliRunner().invoke(cli.app, ["bench", "ttft", "--rounds", "0"]).exit_code == 2
+
+
+def adds_up(split: dict[str, float]) -> None:
+    """A step is computing, scanning and waiting, and nothing else."""
+    assert split["total"] == pytest.approx(split["compute"] + split["index"] + split["waited"])
+    assert split["compute"] == pytest.approx(split["session"] + split["model"] + split["attention"])
+    assert min(split.values()) >= 0
 
 
 @pytest.mark.slow
@@ -429,10 +447,27 @@ def test_what_is_on_ssd_is_measured_policy_by_policy(tmp_path: Path) -> None:
     found = json.loads(out.read_text())
     assert [way["name"] for way in found["ways"]] == ["lru, none", "lru, beside"]
     assert found["page_rate"] > 0
-    assert all(len(way["times"]) == 2 and min(way["times"]) > 0 for way in (found["in_memory"], *found["ways"]))
+    for way in (found["in_memory"], *found["ways"]):
+        assert len(way["times"]) == 2
+        assert min(way["times"]) > 0
+        adds_up(way["split"])
+        assert way["split"]["total"] >= sum(way["times"]) / 2, "the steps that were timed"
+        assert way["split"]["attention"] > 0
     wrong = CliRunner().invoke(cli.app, ["bench", "offload", "--kind", "flat"])
     assert wrong.exit_code == 2
     assert "sharp, medium, diffuse" in wrong.output
+
+
+@pytest.mark.slow
+def test_a_step_that_waits_for_the_disk_says_for_how_long(tmp_path: Path) -> None:
+    plan = offload.Plan(
+        tokens=8192, ways=(("lru", "none"),), heads=heads.Plan(layers=2, dtype="fp32"), steps=2, warm=1,
+        in_memory=False, path=tmp_path,
+    )  # fmt: skip
+    way = offload.run(plan).ways[0]
+    adds_up(asdict(way.split))
+    assert way.split.waited >= way.waited > 0, "what the engine counts is inside of what was noted"
+    assert way.split.waited < way.waited + 0.5 * way.split.total
 
 
 @pytest.mark.slow
@@ -447,6 +482,7 @@ def test_what_is_larger_than_memory_is_imported_once(tmp_path: Path) -> None:
         times.append(found["imported"])
         assert len(found["way"]["times"]) == 2
         assert found["way"]["first_bytes"] > 0
+        adds_up(found["way"]["split"])
         assert found["index_bytes"] > 0
     assert times[0] is not None
     assert times[1] is None, "the context was there"

@@ -1,6 +1,7 @@
 """bench timeline: what a step is split into, by hand and from a cache."""
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,20 @@ from typer.testing import CliRunner
 from alaya_tiers import sparse
 from alaya_tiers.tools import cli, timeline
 from alaya_tiers.tools.baselines import Shape
-from alaya_tiers.tools.timeline import ATTENTION, INDEX, READ, STEP, WAIT, Span, Timeline, length, union
+from alaya_tiers.tools.spans import (
+    ATTENTION,
+    FORWARD,
+    INDEX,
+    READ,
+    SESSION,
+    STEP,
+    WAIT,
+    Span,
+    Split,
+    Timeline,
+    length,
+    union,
+)
 
 TINY = Shape(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16)
 
@@ -22,19 +36,44 @@ def test_stretches_that_overlap_count_once() -> None:
 def test_a_step_is_model_attention_index_and_waiting() -> None:
     seen = Timeline()
     seen.spans += [
-        Span(ATTENTION, "forward", 1, 6),
-        Span(INDEX, "forward", 2, 3),
-        Span(WAIT, "forward", 4, 5),
+        Span(ATTENTION, FORWARD, 1, 6),
+        Span(INDEX, FORWARD, 2, 3),
+        Span(WAIT, FORWARD, 4, 5),
         Span(READ, "alaya-io_0", 3.5, 5),
         Span(READ, "alaya-io_1", 0, 1),
         Span(READ, "alaya-io_1", 9, 12),  # goes on after the step
-        Span(WAIT, "forward", 20, 30),
+        Span(WAIT, FORWARD, 20, 30),
     ]
-    split = seen.split(Span(STEP, "forward", 0.5, 10))
+    split = seen.split(Span(STEP, FORWARD, 0.5, 10))
     assert split.total == 9.5
     assert (split.waited, split.index, split.attention) == (1, 1, 3)
-    assert split.model == 4.5
+    assert (split.model, split.compute) == (4.5, 7.5)
+    assert split.total == split.compute + split.index + split.waited
     assert split.hidden == 0.5 + 0.5 + 1, "of reading, what is outside of the wait and inside of the step"
+
+
+def test_what_waits_inside_of_a_scan_is_waiting_and_other_threads_hold_nobody_up() -> None:
+    seen = Timeline()
+    seen.spans += [
+        Span(INDEX, FORWARD, 0, 4),
+        Span(WAIT, FORWARD, 1, 2),
+        Span(INDEX, "alaya-loop", 5, 6),
+        Span(READ, "alaya-codes", 3, 5),
+        Span(SESSION, FORWARD, 3.5, 5),
+    ]
+    split = seen.split(Span(STEP, FORWARD, 0, 8))
+    assert (split.index, split.waited, split.attention, split.hidden, split.model) == (3, 1, 0, 2, 3)
+    assert (split.session, split.compute) == (1, 4)
+    assert Split.mean([split, Split(0, 0, 0, 0, 0, 1, 0, 0)]).index == 2
+
+
+def test_what_the_forward_reads_itself_it_waits_for() -> None:
+    seen = Timeline()
+    seen.note(READ, lambda: None)
+    thread = threading.Thread(target=seen.note, args=(READ, lambda: None), name="alaya-codes")
+    thread.start()
+    thread.join()
+    assert [(s.what, s.lane) for s in seen.spans] == [(WAIT, FORWARD), (READ, "alaya-codes")]
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,7 @@ from alaya_tiers.tools.heads import CHUNK, HEADS, PASSAGE, Heads
 from alaya_tiers.tools.heads import Plan as HeadsPlan
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
 from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
+from alaya_tiers.tools.spans import FORWARD, STEP, Span, Split, Timeline, draw_splits, split_table
 
 Say = Callable[[str], None]
 
@@ -88,6 +90,8 @@ class Way:
     first: float
     first_bytes: float
     """Of the very first step, before those that warm up."""
+    split: Split
+    """The mean step, with the compute between layers."""
 
     @property
     def median(self) -> float:
@@ -201,25 +205,27 @@ def _measured(plan: Plan, heads: Heads, found: Found, name: str, changes: dict[s
 def steps(plan: Plan, heads: Heads, session: Session, name: str, say: Say) -> Way:
     """Decode ``plan.warm`` and ``plan.steps`` steps of attention, all layers. Raises StoreError."""
     engine, queries, times, peak = session.engine, Queries(plan, heads), list[float](), 0
-    visible = [Visible.all(plan.tokens, 1)]
-    for step in range(plan.warm + plan.steps):
-        say(f"{name}: step {step + 1} of {plan.warm + plan.steps}")
-        if step == plan.warm:
-            before = session.stats()
-            assert engine.sparse is not None
-            engine.sparse = type(engine.sparse)()
-        q = queries.at(step)
-        took = 0.0
-        for layer in range(plan.heads.layers):
-            began = time.perf_counter()
-            session.attention(layer, q[layer], visible, plan.heads.head_dim**-0.5)
-            took += time.perf_counter() - began
-            if plan.compute:
-                time.sleep(plan.compute)
-        times.append(took)
-        if not step:
-            first_bytes = session.stats().read_bytes
-        peak = max(peak, psutil.Process().memory_info().rss)
+    timeline, ends, visible = Timeline(), list[Span](), [Visible.all(plan.tokens, 1)]
+    with ExitStack() as watched:
+        for step in range(plan.warm + plan.steps):
+            say(f"{name}: step {step + 1} of {plan.warm + plan.steps}")
+            if step == plan.warm:
+                before = session.stats()
+                assert engine.sparse is not None
+                engine.sparse = type(engine.sparse)()
+                watched.enter_context(timeline.watching())
+            q, start, took = queries.at(step), time.perf_counter(), 0.0
+            for layer in range(plan.heads.layers):
+                began = time.perf_counter()
+                session.attention(layer, q[layer], visible, plan.heads.head_dim**-0.5)
+                took += time.perf_counter() - began
+                if plan.compute:
+                    time.sleep(plan.compute)
+            ends.append(Span(STEP, FORWARD, start, time.perf_counter()))
+            times.append(took)
+            if not step:
+                first_bytes = session.stats().read_bytes
+            peak = max(peak, psutil.Process().memory_info().rss)
     after = session.stats()
     n, use = plan.steps, after.sparse
     assert use is not None
@@ -230,6 +236,7 @@ def steps(plan: Plan, heads: Heads, session: Session, name: str, say: Say) -> Wa
         name, times[plan.warm :], (after.waited_seconds - before.waited_seconds) / n,
         (after.read_bytes - before.read_bytes) / n, use.attended / max(1, use.visible),
         use.recovered / max(1, use.steps), pages, peak, times[0], first_bytes,
+        Split.mean([timeline.split(end) for end in ends[plan.warm :]]),
     )  # fmt: skip
 
 
@@ -241,7 +248,7 @@ def table(found: Found) -> Table:
         f"{format_bytes(found.host_budget)}; {p.kind} heads, drift {p.drift}",
         title_justify="left",
     )
-    columns = ("", "ms a step", "waited ms", "MiB read", "of RAM", "x read all", "attended", "mass", "hits")
+    columns = ("", "ms a step", "MiB read", "of RAM", "x read all", "attended", "mass", "hits")
     for name in (*columns, "precision", "recall", "lead ms", "amplified"):
         made.add_column(name, justify="right")
     ram = found.in_memory
@@ -250,7 +257,7 @@ def table(found: Found) -> Table:
         share = "" if ram is None else f"{ram.median / way.median:.2f}"
         guessed, used = sum(u["guessed"].values()), sum(u["used"].values())
         made.add_row(
-            way.name, f"{way.median * 1e3:.1f}", f"{way.waited * 1e3:.1f}", f"{way.read_bytes / 2**20:.1f}", share,
+            way.name, f"{way.median * 1e3:.1f}", f"{way.read_bytes / 2**20:.1f}", share,
             f"{found.read_all / way.median:.1f}", f"{way.selected:.2%}", f"{way.mass:.3f}", f"{u['hit_rate']:.3f}",
             f"{used / guessed:.2f}" if guessed else "", f"{u['recall']:.2f}" if guessed else "",
             f"{u['mean_lead_seconds'] * 1e3:.0f}" if guessed else "", f"{u['read_amplification']:.1f}",
@@ -264,18 +271,17 @@ def table(found: Found) -> Table:
     return made
 
 
+def splits(found: Found) -> list[tuple[str, Split]]:
+    """Where the time of each way's mean step goes."""
+    return [(way.name, way.split) for way in (found.in_memory, *found.ways) if way is not None]
+
+
 def plot(found: Found, path: Path) -> None:
-    """The mean step of each way: attention with its index, and waiting for the disk. Needs matplotlib."""
-    pyplot = reporting.pyplot()
-    ways = [*([] if found.in_memory is None else [found.in_memory]), *found.ways]
-    names, waited = [way.name for way in ways], [way.waited * 1e3 for way in ways]
-    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.5 * len(ways)))
-    rest = [max(0.0, statistics.mean(way.times) * 1e3 - wait) for way, wait in zip(ways, waited, strict=True)]
-    axes.barh(names, rest, color="tab:green", label="attention and index")
-    axes.barh(names, waited, left=rest, color="tab:red", label="waiting for the disk")
-    axes.invert_yaxis()
-    axes.set(xlabel="ms a step")
-    axes.legend()
+    """The mean step of each way: compute, index, waiting for the disk. Needs matplotlib."""
+    pyplot, rows = reporting.pyplot(), splits(found)
+    figure, axes = pyplot.subplots(figsize=(8, 1.5 + 0.6 * len(rows)))
+    draw_splits(axes, rows)
+    axes.set(xlabel="ms, mean step")
     figure.savefig(path, bbox_inches="tight")
     pyplot.close(figure)
 
@@ -321,4 +327,4 @@ def command(
             found = run(plan, status.update)
         if plot_file is not None:
             plot(found, plot_file)
-    show([table(found)], found.as_dict(), json_file)
+    show([table(found), split_table("the mean step, ms", splits(found))], found.as_dict(), json_file)

@@ -1,19 +1,14 @@
 """``alaya-tiers bench timeline``: where the time of a decode step goes, and what the disk does meanwhile, to look at.
 
 A model decodes over a context that is larger than the host budget. Every wait of the forward, every scan of codes,
-every attention, and every job of the SSD's threads becomes a span. Reading is hidden as far as it happens while the
-forward does not wait for it.
+every attention, and every job of the SSD's threads becomes a span (``spans.py``).
 """
 
 import os
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,8 +17,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from alaya_tiers import sparse
-from alaya_tiers.cache import Session
 from alaya_tiers.config import format_bytes
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.hf import AlayaCache
@@ -31,114 +24,7 @@ from alaya_tiers.tools import machine, reporting
 from alaya_tiers.tools.baselines import VOCABULARY, Context, Shape, build_model, parse_contexts
 from alaya_tiers.tools.machine import CpuUse
 from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
-
-ATTENTION, INDEX, WAIT, READ, WRITE, STEP = "attention", "index", "wait", "read", "write", "step"
-COLORS = {
-    STEP: "0.85",
-    ATTENTION: "tab:green",
-    INDEX: "tab:purple",
-    WAIT: "tab:red",
-    READ: "tab:blue",
-    WRITE: "tab:orange",
-}
-
-Pieces = list[tuple[float, float]]
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Something that went on from ``start`` to ``end`` (seconds) on a lane: "forward", or a thread of the SSD."""
-
-    what: str
-    lane: str
-    start: float
-    end: float
-
-
-@dataclass(slots=True)
-class Split:
-    """One step, in seconds: total = model + attention + index + waited. hidden: of reading, while nothing waited."""
-
-    total: float
-    model: float
-    attention: float
-    index: float
-    waited: float
-    hidden: float
-
-
-@dataclass(slots=True)
-class Timeline:
-    """Collects spans. Thread-safe."""
-
-    spans: list[Span] = field(default_factory=list)
-
-    @contextmanager
-    def watching(self, session: Session) -> Iterator[None]:
-        """Until left, everything this session's engine does is noted. Costs some microseconds a span."""
-        engine, ssd = session.engine, session.engine.mover.ssd
-        objects: list[tuple[Any, str, str | None]] = [
-            (session, "attention", ATTENTION),
-            (engine, "wait_for", WAIT),
-            (sparse, "scan", INDEX),
-            *((ssd, name, None) for name in ("read_jobs", "page_jobs", "write_jobs")),
-        ]
-        before = [(thing, name, vars(thing).get(name)) for thing, name, _ in objects]
-        for thing, name, what in objects:
-            real = getattr(thing, name)
-            noted = partial(self._jobs, real, name) if what is None else partial(self.note, what, real)
-            setattr(thing, name, noted)
-        try:
-            yield
-        finally:
-            for thing, name, own in before:
-                if own is None:
-                    delattr(thing, name)
-                else:
-                    setattr(thing, name, own)
-
-    def note(self, what: str, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The result of ``work``, which becomes a span."""
-        thread = threading.current_thread().name
-        lane = thread if thread.startswith("alaya-io") else "forward"
-        began = time.perf_counter()
-        try:
-            return work(*args, **kwargs)
-        finally:
-            self.spans.append(Span(what, lane, began, time.perf_counter()))
-
-    def _jobs(self, make: Callable[..., list[Callable[[], Any]]], name: str, *args: Any) -> list[Callable[[], Any]]:
-        what = WRITE if name == "write_jobs" else READ
-        return [partial(self.note, what, job) for job in make(*args)]
-
-    def split(self, step: Span) -> Split:
-        """What a step was made of."""
-        inside = [s for s in self.spans if s.start < step.end and s.end > step.start]
-        of = {what: union((s.start, s.end) for s in inside if s.what == what) for what in COLORS}
-        for pieces in of.values():
-            pieces[:] = [(max(a, step.start), min(b, step.end)) for a, b in pieces]
-        waited = length(of[WAIT])
-        index = length(of[INDEX])
-        attention = length(union(of[ATTENTION] + of[WAIT] + of[INDEX])) - waited - index
-        total = step.end - step.start
-        hidden = length(union(of[READ] + of[WAIT])) - waited
-        return Split(total, total - waited - index - attention, attention, index, waited, hidden)
-
-
-def union(pieces: Iterable[tuple[float, float]]) -> Pieces:
-    """The same stretches of time, none of which overlap, in order."""
-    joined: Pieces = []
-    for start, end in sorted(pieces):
-        if joined and start <= joined[-1][1]:
-            joined[-1] = (joined[-1][0], max(end, joined[-1][1]))
-        else:
-            joined.append((start, end))
-    return joined
-
-
-def length(pieces: Iterable[tuple[float, float]]) -> float:
-    """How long they are together."""
-    return sum(end - start for start, end in pieces)
+from alaya_tiers.tools.spans import COLORS, FORWARD, STEP, Span, Split, Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +64,11 @@ def run(
         cache.build_index()
         for _ in range(3):
             model(input_ids=torch.tensor([[1]]), past_key_values=cache)
-        with timeline.watching(cache.session):
+        with timeline.watching():
             for number in range(steps):
                 start = time.perf_counter()
                 model(input_ids=torch.tensor([[number % VOCABULARY]]), past_key_values=cache)
-                ends.append(Span(STEP, "forward", start, time.perf_counter()))
+                ends.append(Span(STEP, FORWARD, start, time.perf_counter()))
     first = ends[0].start
     moved = [Span(s.what, s.lane, s.start - first, s.end - first) for s in [*ends, *timeline.spans]]
     facts = settings | {"tokens": tokens, "shape": asdict(shape), "sharpness": sharpness}
@@ -214,7 +100,7 @@ def plot(found: Found, path: Path, shown: int = 4) -> None:
     pyplot = reporting.pyplot()
     start = [s for s in found.spans if s.what == STEP][-shown:][0].start
     spans = [s for s in found.spans if s.end > start]
-    lanes = ["forward", *sorted({s.lane for s in spans} - {"forward"})]
+    lanes = [FORWARD, *sorted({s.lane for s in spans} - {FORWARD})]
     figure, axes = pyplot.subplots(figsize=(14, 1.5 + 0.5 * len(lanes)))
     for what, color in COLORS.items():  # what is drawn later lies on top
         for number, lane in enumerate(lanes):

@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +32,7 @@ from alaya_tiers.tools import machine, rawdisk, reporting
 from alaya_tiers.tools.baselines import FILL_TOKENS, QUICK, VOCABULARY, Context, Shape, build_model, contexts_of
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
 from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
+from alaya_tiers.tools.spans import FORWARD, READ, SESSION, STEP, Span, Split, Timeline, draw_splits, split_table
 
 Say = Callable[[str], None]
 
@@ -42,16 +44,22 @@ PREFILL = 2048
 
 @dataclass(slots=True)
 class Way:
-    """One way to the first token. Seconds of each round, and bytes read from the store in one."""
+    """One way to the first token. Seconds of each round and what they were, and bytes read from the store in one."""
 
     name: str
     seconds: list[float] = field(default_factory=list)
+    splits: list[Split] = field(default_factory=list)
     read_bytes: int = 0
 
     @property
     def median(self) -> float:
         """Of the rounds."""
         return statistics.median(self.seconds)
+
+    @property
+    def split(self) -> Split:
+        """Of the round in the middle."""
+        return sorted(self.splits, key=lambda split: split.total)[len(self.splits) // 2]
 
 
 @dataclass(slots=True)
@@ -140,19 +148,28 @@ def _chunks(context: Context, tokens: int) -> Iterator[Chunk]:
 
 def _round(way: Way, path: Path, model: Any, ids: Tensor) -> None:
     """From an open process and a closed store to the first token."""
+    timeline, began = Timeline(), time.perf_counter()
+    with timeline.watching():
+        if way.name == WAYS[-1]:
+            end = _load_whole(way, path, model, ids, timeline)
+        else:
+            end = _from_store(way, path, model, ids, timeline)
+    way.splits.append(timeline.split(Span(STEP, FORWARD, began, end)))
+    way.seconds.append(way.splits[-1].total)
+
+
+def _from_store(way: Way, path: Path, model: Any, ids: Tensor, timeline: Timeline) -> float:
+    """Open it, make a session, decode a token; when that was done."""
     kv = (ids.shape[1] - 1) * 2 * model.config.num_key_value_heads * model.config.head_dim * model.dtype.itemsize
     settings: dict[str, Any] = {"mode": "sparse", "index_budget": None} if way.name == "sparse" else {}
     budget = max(64 << 20, kv * model.config.num_hidden_layers // 4)
-    began = time.perf_counter()
-    if way.name == WAYS[-1]:
-        _load_whole(way, path, model, ids)
-        way.seconds.append(time.perf_counter() - began)
-        return
-    with DB(path, model=model, device_budget=64 << 20, host_budget=budget, **settings) as db:
-        session, rest = db.create_session(ids)
+    opened = partial(DB, path, model=model, device_budget=64 << 20, host_budget=budget, **settings)
+    with timeline.note(SESSION, opened) as db:
+        session, rest = timeline.note(SESSION, db.create_session, ids)
         model(input_ids=rest, past_key_values=session)
+        end = time.perf_counter()
         way.read_bytes = session.stats().read_bytes
-        way.seconds.append(time.perf_counter() - began)
+    return end
 
 
 def _write_whole(context: Context, path: Path, tokens: int) -> None:
@@ -164,19 +181,21 @@ def _write_whole(context: Context, path: Path, tokens: int) -> None:
         kv.view(torch.uint8).numpy().tofile(_whole(path, layer))
 
 
-def _load_whole(way: Way, path: Path, model: Any, ids: Tensor) -> None:
-    """All keys and values from these files into a DynamicCache, and a token from them."""
+def _load_whole(way: Way, path: Path, model: Any, ids: Tensor, timeline: Timeline) -> float:
+    """All keys and values from these files into a DynamicCache, and a token from them; when that was done."""
     config, cache = model.config, DynamicCache(config=model.config)
     shape = (2, 1, config.num_key_value_heads, ids.shape[1] - 1, config.head_dim)
     way.read_bytes = 0
     for layer in range(config.num_hidden_layers):
-        data = np.fromfile(_whole(path, layer), np.uint8)
+        data = timeline.note(READ, np.fromfile, _whole(path, layer), np.uint8)
         way.read_bytes += data.nbytes
         k, v = torch.from_numpy(data).view(model.dtype).view(shape)
         cache.update(k, v, layer)
     model.set_attn_implementation("sdpa")
     model(input_ids=ids[:, -1:], past_key_values=cache)
+    end = time.perf_counter()
     model.set_attn_implementation("alaya")
+    return end
 
 
 def _whole(path: Path, layer: int) -> Path:
@@ -209,10 +228,15 @@ def table(found: Found) -> Table:
     return made
 
 
+def splits(found: Found) -> list[tuple[str, Split]]:
+    """Where the time of each way goes, in the round in the middle."""
+    return [(f"{row.tokens:,}, {way.name}", way.split) for row in found.rows for way in row.ways]
+
+
 def plot(found: Found, path: Path) -> None:
-    """Seconds to the first token over context length, way by way. Needs matplotlib."""
+    """Seconds to the first token over context length, and what those of the longest are. Needs matplotlib."""
     pyplot = reporting.pyplot()
-    figure, axes = pyplot.subplots()
+    figure, (axes, bars) = pyplot.subplots(1, 2, figsize=(13, 4.5))
     tokens = [row.tokens for row in found.rows]
     for way, name in enumerate(WAYS):
         axes.loglog(tokens, [row.ways[way].median for row in found.rows], marker="o", label=name)
@@ -220,7 +244,9 @@ def plot(found: Found, path: Path) -> None:
     axes.loglog(tokens, [row.prefill for row in found.rows], linestyle=":", label="prefill, in proportion")
     axes.set(xlabel="tokens of context", ylabel="s to the first token")
     axes.legend()
-    figure.savefig(path)
+    draw_splits(bars, [(way.name, way.split) for way in found.rows[-1].ways])
+    bars.set(title=f"{tokens[-1]:,} tokens")
+    figure.savefig(path, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -253,4 +279,4 @@ def command(
             found = run(shape, lengths, 1 if quick else rounds, sharpness, directory, status.update)
         if plot_file is not None:
             plot(found, plot_file)
-    show([table(found)], found.as_dict(), json_file)
+    show([table(found), split_table("to the first token, ms", splits(found))], found.as_dict(), json_file)
