@@ -48,7 +48,12 @@ MOST_ROWS = 128
 MOST_DIMS = {8: 512, 4: 1024}
 """Numbers of a key, by bits: beyond, the kernel's integers could overflow."""
 
+ALONE, ALONE_VECTOR, ALONE_ROWS = 1 << 18, 9216, 32
+"""Multiplications up to which OpenBLAS works on one thread (of a vector and a matrix), and rows taken at a time."""
+
 _NO_SCALE, _HUGE = 1e-30, 1e15
+
+Floats = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +169,19 @@ def _rotated(q: Tensor, layout: Layout) -> Tensor:
     """Queries as codes are, float32 [heads, rows, layout.dims]. By numpy: torch would wake its threads for it."""
     heads, rows, k_dim = q.shape
     flat, found = q.detach().to("cpu", torch.float32).reshape(-1, k_dim), torch.zeros(heads, rows, layout.dims)
-    found[..., :k_dim] = torch.from_numpy(flat.numpy() @ rotation(k_dim).numpy()).view(q.shape)
+    found[..., :k_dim] = torch.from_numpy(_product(flat.numpy(), rotation(k_dim).numpy())).view(q.shape)
     return found
+
+
+def _product(a: Floats, b: Floats) -> Floats:
+    """a @ b, in pieces: larger ones wake the thread of OpenBLAS, which spins for 50 ms on a core of ours."""
+    out = np.empty((a.shape[0], b.shape[1]), np.float32)
+    for top in range(0, a.shape[0], ALONE_ROWS):
+        some = a[top : top + ALONE_ROWS]
+        step = max(1, (ALONE if some.shape[0] > 1 else ALONE_VECTOR) // some.size)
+        for left in range(0, b.shape[1], step):
+            np.matmul(some, b[:, left : left + step], out=out[top : top + ALONE_ROWS, left : left + step])
+    return out
 
 
 def mean_scores(q: Tensor, blocks: npt.NDArray[np.int64], layout: Layout) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from alaya_tiers.attention import attend_lists, attend_naive
 from alaya_tiers.errors import InputError
 from alaya_tiers.index import Coarse, Codes, Flat, Index
-from alaya_tiers.index.codes import Layout, Reach, Scan, Scratch, encode, scan
+from alaya_tiers.index.codes import Layout, Reach, Scan, Scratch, _product, encode, scan
 from alaya_tiers.testing_index import KEYS, ApproximateIndexTests, CompleteIndexTests, hard_keys
 
 
@@ -303,3 +303,11 @@ def test_what_makes_no_sense_is_refused() -> None:
     coded = Coded(1, 64, 8, 8, 8)
     with pytest.raises(InputError, match="128 queries"):
         coded.scan(torch.ones(1, 129, 8), Reach(1.0))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 32, 33, 128])
+@pytest.mark.parametrize("dim", [5, 64, 96, 256, 576])
+def test_products_in_pieces_are_products(rows: int, dim: int) -> None:
+    made = np.random.default_rng(rows * dim)
+    a, b = made.standard_normal((rows, dim), np.float32), made.standard_normal((dim, dim), np.float32)
+    assert np.allclose(_product(a, b), a.astype(np.float64) @ b, atol=1e-3)
