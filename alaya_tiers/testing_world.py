@@ -155,7 +155,10 @@ class SimFile:
 
 
 class SimDisk:
-    """A seams.Disk in memory. space: bytes it has room for, None = any. An unlinked file lives on in its handles."""
+    """A seams.Disk in memory. space: bytes it has room for, None = any. An unlinked file lives on in its handles.
+
+    slow: how many times as long as usual everything takes, on a SimExecutor.
+    """
 
     def __init__(self, rng: random.Random, space: int | None = None, trace: Callable[[object], object] = id) -> None:
         self.files: dict[str, SimFile] = {}

@@ -1,6 +1,7 @@
 """A mover on a virtual loop, and sequences that check every byte they read: the model the pipeline is tested by."""
 
 import asyncio
+import contextlib
 import random
 import types
 from collections import deque
@@ -19,6 +20,7 @@ from alaya_tiers.blocks import PAGE, BlockShape, Geometry
 from alaya_tiers.config import Settings
 from alaya_tiers.ledger import Ids
 from alaya_tiers.mover import Mover, Policies
+from alaya_tiers.pages import Pages
 from alaya_tiers.policies import EVICTION, PREFETCH, EvictionView, Watermark, Window, by_name
 from alaya_tiers.seams import memory
 from alaya_tiers.testing_world import SimDisk, SimExecutor, VirtualLoop
@@ -93,7 +95,7 @@ LAYERS = {
 
 
 class Sim:
-    """A mover on a virtual loop. device, host: slots of one page; shapes: of the layers."""
+    """A mover on a virtual loop. device, host: slots of one page; shapes: of the layers; slow: see SimDisk."""
 
     def __init__(
         self,
@@ -103,12 +105,14 @@ class Sim:
         *,
         shapes: dict[int, BlockShape] = LAYERS,
         space: int | None = None,
+        slow: float = 1.0,
         **settings: Any,
     ) -> None:
         self.rng = random.Random(seed)
         self.loop = VirtualLoop(self.rng)
         self._trace = xxhash.xxh3_64()
         self.disk = SimDisk(self.rng, space, self.note)
+        self.disk.slow = slow
         self.executor = SimExecutor(self.rng, self.disk)
         base = {"block_tokens": 16, "segment_tokens": 64, "sink_tokens": 16, "batch_bytes": 2 * PAGE, "io_threads": 2}
         s = self.settings = Settings(device_budget=device * PAGE, host_budget=host * PAGE, **(base | settings))
@@ -127,6 +131,8 @@ class Sim:
         self.mover.shapes.update(shapes)
         self.stamps = self.streams = 0
         self.published: list[int] = []
+        self.pages: Pages | None = None
+        """Of the mover, if a test made some."""
 
     @property
     def trace(self) -> str:
@@ -157,8 +163,10 @@ class Sim:
         """The books agree with each other and no budget is exceeded."""
         book = self.mover.ledger
         book.check_integrity()
-        for tier, slots in ((self.device, book.device), (self.host, book.host)):
-            assert tier.used == np.count_nonzero(slots >= 0), f"{tier.name}: slots taken and held differ"
+        frames = 0 if self.pages is None else int(np.count_nonzero(self.pages._frames >= 0))
+        for tier, held in ((self.device, book.device), (self.host, book.host)):
+            more = frames if tier is self.host else 0
+            assert tier.used == np.count_nonzero(held >= 0) + more, f"{tier.name}: slots taken and held differ"
         for name, limit in self.accountant.limits.items():
             assert limit is None or self.accountant.peak[name] <= limit, f"{name}: over budget"
         placed = np.count_nonzero(book.file >= 0)
@@ -281,8 +289,11 @@ class Player:
                 finally:
                     self.unpin(ids[:, columns].ravel(), used=True)
         finally:
+            while loading := [task for _, task in running if not task.done()]:
+                with contextlib.suppress(asyncio.CancelledError):  # it ends when they have
+                    await asyncio.wait(loading)
             for columns, task in running:
-                if not isinstance((await asyncio.gather(task, return_exceptions=True))[0], BaseException):
+                if not task.cancelled() and task.exception() is None:
                     self.unpin(ids[:, columns].ravel())
 
     def read_ahead(self, layer: int) -> None:
@@ -362,14 +373,16 @@ class Player:
         for again in (False, True):
             for head, row in enumerate(addresses):
                 for address, run in zip(row.tolist(), (self.runs[layer][c] for c in columns), strict=True):
-                    for part, stamp in enumerate(run.stamps):
-                        want = self._words(stamp, head, nbytes)
-                        found = np.frombuffer(memory(address, nbytes), np.int64)[part * want.size :][: want.size]
-                        assert (found == want).all(), (
-                            f"layer {layer} head {head} run {run}: found {found[:2]}, {again=}"
-                        )
+                    self.verify(address, run, head, nbytes)
             if columns.size and not again:
                 await self.sim.pause()
+
+    def verify(self, address: int, run: Run, head: int, nbytes: int) -> None:
+        """AssertionError where what lies there is not the block of a run."""
+        for part, stamp in enumerate(run.stamps):
+            want = self._words(stamp, head, nbytes)
+            found = np.frombuffer(memory(address, nbytes), np.int64)[part * want.size :][: want.size]
+            assert (found == want).all(), f"head {head} run {run}: found {found[:2]}"
 
 
 @types.coroutine

@@ -93,8 +93,7 @@ def test_a_seed_is_one_run_and_another_seed_another() -> None:
 
 def test_a_slow_disk_changes_when_but_not_what() -> None:
     for seed in range(4):
-        sim = Sim(seed, *FLOOR)
-        sim.disk.slow = 100.0
+        sim = Sim(seed, *FLOOR, slow=100.0)
         sim.play(two(sim, 6))
 
 
