@@ -5,7 +5,7 @@ import importlib.util
 import json
 import math
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 from alaya_tiers.errors import ConfigError
-from alaya_tiers.tools import bench, choice, cli, heads, machine, offload, overhead, rawdisk, ttft
+from alaya_tiers.tools import bench, choice, cli, heads, machine, offload, opening, overhead, rawdisk, subjects, ttft
 from alaya_tiers.tools.baselines import (
     COMPETITORS,
     RAM,
@@ -360,10 +360,10 @@ def test_steps_from_ssd_and_first_tokens_are_drawn(tmp_path: Path) -> None:
     steps.in_memory = way("in memory", [0.01], 0.0)
     offload.plot(steps, tmp_path / "offload.png")
     rows = [
-        ttft.Row(n, n << 10, n, n / 1e6, n / 1e3, [ttft.Way(name, [n / 1e5], [split]) for name in ttft.WAYS])
+        ttft.Row(n, n << 10, n, n / 1e6, n / 1e3, [opening.Way(name, [n / 1e5], [split]) for name in opening.WAYS])
         for n in (2, 8)
     ]
-    ttft.plot(ttft.Found(Shape(), 6.0, {}, disk, rows=rows), tmp_path / "ttft.png")
+    ttft.plot(ttft.Found("drawn", {}, {}, disk, rows=rows), tmp_path / "ttft.png")
     assert all((tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG") for name in ("offload", "ttft"))
 
 
@@ -399,25 +399,59 @@ def test_overhead_compares_the_same_work(tmp_path: Path) -> None:
     assert "--new at least 2" in wrong.output
 
 
-def test_the_first_token_of_a_stored_context(tmp_path: Path) -> None:
+@pytest.mark.parametrize("workload", [SIZES, ("--quotation",)], ids=["independent", "quotation"])
+def test_the_first_token_of_a_stored_context(tmp_path: Path, workload: tuple[str, ...]) -> None:
     """Every way decodes the same token from the same store; loading whole reads all of it."""
     out = tmp_path / "ttft.json"
-    command = ["ttft", "--quick", "--contexts", "2048", *SIZES, "--dir", str(tmp_path), "--json", str(out)]
+    command = ["ttft", "--quick", "--contexts", "2048,3000", *workload, "--dir", str(tmp_path), "--json", str(out)]
     result = CliRunner().invoke(cli.app, ["bench", *command])
     assert result.exit_code == 0, result.output
     found = json.loads(out.read_text())
-    row = found["rows"][0]
-    assert [way["name"] for way in row["ways"]] == list(ttft.WAYS)
-    assert row["ways"][-1]["read_bytes"] >= row["kv_bytes"]
-    for way in row["ways"]:
-        assert way["seconds"] == [way["splits"][0]["total"]]
-        adds_up(way["splits"][0])
-        assert way["splits"][0]["waited"] > 0
-    assert row["ways"][0]["splits"][0]["session"] > 0
-    assert row["ways"][-1]["splits"][0]["session"] == 0
-    assert row["index_bytes"] > 0
+    assert [row["tokens"] for row in found["rows"]] == [2048, 3000]
+    for row in found["rows"]:
+        ways = dict(zip(opening.WAYS, row["ways"], strict=True))
+        assert [way["name"] for way in row["ways"]] == list(opening.WAYS)
+        assert ways[opening.WHOLE]["read_bytes"] == row["kv_bytes"]
+        assert all(0 < way["read_bytes"] <= 1.5 * row["kv_bytes"] for way in row["ways"]), "from disk, each of them"
+        for way in row["ways"]:
+            assert way["seconds"] == [way["splits"][0]["total"]]
+            adds_up(way["splits"][0])
+            assert way["splits"][0]["waited"] > 0
+            assert (way["splits"][0]["session"] > 0) == (way["name"] != opening.WHOLE)
+            assert way["right"] == (1 if "--quotation" in workload else None)
+        assert row["index_bytes"] > 0
+    assert set(found["growth"]) == set(opening.WAYS)
     assert not list(tmp_path.glob("bench-*"))
-    assert CliRunner().invoke(cli.app, ["bench", "ttft", "--rounds", "0"]).exit_code == 2
+
+
+@pytest.mark.parametrize("wrong", [("--rounds", "0"), ("--text", "x")])
+def test_what_cannot_be_asked_for_a_first_token_is_said(wrong: tuple[str, str]) -> None:
+    assert CliRunner().invoke(cli.app, ["bench", "ttft", *wrong]).exit_code == 2
+
+
+def test_a_wrong_first_token_is_not_counted_and_an_open_store_reads_what_it_wants(tmp_path: Path) -> None:
+    """Codes are in memory, keys and values are not, and nothing but the answer says what is right."""
+    subject = subjects.quotation(4096, 2, None)
+    subject = replace(subject, settings=subject.settings | {"ssd_rate": 1e6, "page_seconds": 1e-9})  # page by page
+    question, before = subject.questions
+    stored = opening.Stored(subject, tmp_path / "store")
+    subject.model.set_attn_implementation("alaya")
+    stored.write(lambda done, of: None)
+    for name in opening.WAYS:
+        way = opening.Way(name)
+        opening.ask(way, stored, question, before)
+        assert way.right == 1
+        opening.ask(way, stored, replace(question, answer=question.tokens[0]), before)
+        assert way.right == 1
+    with stored.database(opening.OPEN) as db:
+        session, rest = db.create_session(subject.prompt(before))
+        subject.model(input_ids=rest, past_key_values=session)
+        stats = db.stats()
+        assert stats.pages is not None
+        assert stats.pages.missed > 0
+        assert stats.tiers["host"].used > 0
+        opening.let_go(session.session)
+        assert db.stats().tiers["host"].used == 0
 
 
 def adds_up(split: dict[str, float]) -> None:

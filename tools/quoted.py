@@ -90,7 +90,7 @@ class Quoted:
 def run(tokens: int, alphas: Sequence[float], count: int, text: Path | None, say: Say) -> Quoted:
     """Everything at one length, ``count`` continuations. Raises CorpusError, StoreError."""
     say(f"{tokens:,} words: preparing")
-    whole, source = _text(text, tokens)
+    whole, source = text_of(text, tokens)
     tokenizer = WordTokenizer.fit(whole)
     ids = tokenizer.encode(whole)
     questions = passages(ids, count, PROMPT_TOKENS, ANSWER_TOKENS, suffix=SLOTS).items
@@ -120,7 +120,7 @@ def run(tokens: int, alphas: Sequence[float], count: int, text: Path | None, say
     return found
 
 
-def _text(path: Path | None, tokens: int) -> tuple[str, str]:
+def text_of(path: Path | None, tokens: int) -> tuple[str, str]:
     """Exactly so many words. Raises CorpusError if there are fewer."""
     if path is None:
         whole, source = stdlib_text(STDLIB_BYTES_PER_TOKEN * tokens), "Python's standard library"
