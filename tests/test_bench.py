@@ -432,7 +432,7 @@ def test_what_cannot_be_asked_for_a_first_token_is_said(wrong: tuple[str, str]) 
 def test_a_wrong_first_token_is_not_counted_and_an_open_store_reads_what_it_wants(tmp_path: Path) -> None:
     """Codes are in memory, keys and values are not, and nothing but the answer says what is right."""
     subject = subjects.quotation(4096, 2, None)
-    subject = replace(subject, settings=subject.settings | {"ssd_rate": 1e6, "page_seconds": 1e-9})  # page by page
+    subject = replace(subject, settings={**subject.settings, "ssd_rate": 1e6, "page_seconds": 1e-9})  # page by page
     question, before = subject.questions
     stored = opening.Stored(subject, tmp_path / "store")
     subject.model.set_attn_implementation("alaya")
