@@ -8,6 +8,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Self, get_args, get_type_hints
 
+from alaya_tiers.depth import DEPTHS
 from alaya_tiers.errors import ConfigError
 
 _UNITS = {"": 1, "b": 1}
@@ -107,6 +108,7 @@ class Settings:
     io: "direct" (O_DIRECT: the page cache is not used, the budgets are all the memory there is), "buffered",
         or "auto" (direct where the file system can).
     io_threads: reads and writes in flight at once.
+    queue_depth: single pages that each of these threads reads at once, 1 to 256; None = adapted to what the disk gives.
     on_corrupt: what a database does when a prompt's stored prefix is known to be damaged: "raise" StoreCorrupt;
         "recompute" what is damaged and all after it: a shorter prefix is reused, with a warning, and storing the
         session mends the context; "drop" it, with a warning: contexts that need it end before it from then on.
@@ -153,6 +155,7 @@ class Settings:
     batch_bytes: int = 8 << 20
     io: IoMode = "auto"
     io_threads: int = 4
+    queue_depth: int | None = None
     on_corrupt: OnCorrupt = "recompute"
     check_on_open: bool = False
     eviction: str = "auto"
@@ -191,6 +194,8 @@ class Settings:
         for name, least in (("sink_tokens", 0), ("recent_tokens", 1), ("io_threads", 1), ("batch_bytes", 1)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ConfigError(f"{name} is an integer of at least {least}, got {getattr(self, name)!r}")
+        if self.queue_depth is not None and not 1 <= self.queue_depth <= DEPTHS[-1]:
+            raise ConfigError(f"queue_depth is 1 to {DEPTHS[-1]}, or None to adapt it, got {self.queue_depth!r}")
         _check_choice("io", self.io, get_args(IoMode))
         _check_choice("mode", self.mode, get_args(Mode))
         _check_choice("on_corrupt", self.on_corrupt, get_args(OnCorrupt))

@@ -163,7 +163,7 @@ class Engine:
     def _start(self, slot_bytes: int, device: torch.device) -> None:
         s = self.settings
         executor = self._executor or Threads(s.io_threads, "alaya-io")
-        ssd = self.store.tier(s.io, self.accountant, s.segment_tokens, s.io_threads)
+        ssd = self.store.tier(s, self.accountant, self.clock)
         ssd.writes = self.wear
         publish = partial(_publish, self.store, ssd, executor, s.segment_tokens, self.wear)
         on = self.device or device_at(device)

@@ -1,6 +1,6 @@
 /* Many small reads at once, and their digests: what a page at a time costs too much for in Python.
  *
- * alaya_read uses Linux AIO through the system calls themselves: one thread keeps up to DEPTH reads of O_DIRECT files
+ * alaya_read uses Linux AIO through the system calls themselves: one thread keeps up to `depth` reads of O_DIRECT files
  * under way at 3 to 5 us of CPU each, where a thread for each costs 20. */
 #include <errno.h>
 #include <stdatomic.h>
@@ -14,7 +14,7 @@
 #include <sys/syscall.h>
 #endif
 
-#define DEPTH 64
+#define MOST 256 /* depth.py has it too */
 #define KEPT 32
 
 typedef uint64_t (*hash_fn)(const void *, size_t);
@@ -51,7 +51,7 @@ static aio_context_t take(void)
     aio_context_t context = 0;
     for (int i = 0; i < KEPT && !context; i++)
         context = atomic_exchange(&kept[i], 0);
-    return context || !syscall(SYS_io_setup, DEPTH, &context) ? context : 0;
+    return context || !syscall(SYS_io_setup, MOST, &context) ? context : 0;
 }
 
 static void give(aio_context_t context)
@@ -65,9 +65,10 @@ static void give(aio_context_t context)
 #endif
 
 /* n reads: of files[i] from offsets[i] into pieces addresses[first[i]] .. addresses[first[i + 1] - 1] of `page` bytes.
- * done[i]: bytes read, or -errno. Returns 0, or -1 without memory. Blocks until every read has ended. */
+ * depth: reads under way at a time, at most MOST. done[i]: bytes read, or -errno. Returns 0, or -1 without memory.
+ * Blocks until every read has ended. */
 int alaya_read(int64_t n, const int32_t *files, const int64_t *offsets, const int64_t *first, const int64_t *addresses,
-               int64_t page, int64_t *done)
+               int64_t page, int64_t depth, int64_t *done)
 {
     struct iovec *pieces = malloc(sizeof *pieces * (size_t)(first[n] + 1));
     if (!pieces)
@@ -77,11 +78,11 @@ int alaya_read(int64_t n, const int32_t *files, const int64_t *offsets, const in
 #ifdef __linux__
     aio_context_t context = n > 1 ? take() : 0;
     if (context) {
-        struct iocb requests[DEPTH], *list[DEPTH];
-        struct io_event events[DEPTH];
+        struct iocb requests[MOST], *list[MOST];
+        struct io_event events[MOST];
         int64_t next = 0, under_way = 0;
-        int idle[DEPTH], n_idle = DEPTH;
-        for (int i = 0; i < DEPTH; i++)
+        int idle[MOST], n_idle = (int)(depth < MOST ? depth : MOST);
+        for (int i = 0; i < n_idle; i++)
             idle[i] = i;
         while (next < n || under_way) {
             int taken = 0;
@@ -110,7 +111,7 @@ int alaya_read(int64_t n, const int32_t *files, const int64_t *offsets, const in
                 n_idle -= (int)started;
                 under_way += started;
             }
-            int64_t ended = syscall(SYS_io_getevents, context, 1L, (long)DEPTH, events, NULL);
+            int64_t ended = syscall(SYS_io_getevents, context, 1L, (long)MOST, events, NULL);
             for (int64_t k = 0; k < ended; k++) {
                 done[events[k].data >> 8] = events[k].res;
                 idle[n_idle++] = (int)(events[k].data & 255);

@@ -56,7 +56,7 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.alaya_walk.restype = number
     library.alaya_digest.argtypes = [pointer, number, pointer, number, number, pointer]
     library.alaya_digest.restype = None
-    library.alaya_read.argtypes = [number, pointer, pointer, pointer, pointer, number, pointer]
+    library.alaya_read.argtypes = [number, pointer, pointer, pointer, pointer, number, number, pointer]
     library.alaya_copy_blocks.argtypes = [number, pointer, pointer, pointer, number]
     library.alaya_copy_blocks.restype = None
     library.alaya_write_rows.argtypes = [number, pointer, pointer, pointer, *[number] * 8]
@@ -221,11 +221,19 @@ def read_pages(
     first: npt.NDArray[np.int64],
     addresses: npt.NDArray[np.int64],
     page: int,
+    depth: int,
 ) -> npt.NDArray[np.int64]:
     """seams.Disk.read_pages on contiguous arguments. Raises MemoryError."""
     done = np.empty(len(files), np.int64)
     failed = _library().alaya_read(
-        len(files), _address(files), _address(offsets), _address(first), _address(addresses), page, _address(done)
+        len(files),
+        _address(files),
+        _address(offsets),
+        _address(first),
+        _address(addresses),
+        page,
+        depth,
+        _address(done),
     )
     if failed:
         raise MemoryError("no memory for a list of reads")

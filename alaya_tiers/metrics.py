@@ -59,6 +59,7 @@ class Metrics:
         yield self._gauge("queue_bytes", "being read, being written, waiting to be written", "queue", under_way)
         yield self._gauge("pinned_bytes", "blocks that may not be moved now", None, {"": queues.pinned})
         yield self._gauge("waiting_calls", "calls that sleep until a queue gets shorter", None, {"": queues.waiting})
+        yield self._gauge("queue_depth", "single pages that each thread reads at once", None, {"": queues.depth})
         yield self._gauge("context_tokens", "tokens held", None, {"": stats.tokens})
         yield self._gauge("context_bytes", "keys and values of these tokens", None, {"": stats.kv_bytes})
 

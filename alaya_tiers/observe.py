@@ -43,4 +43,5 @@ def _queues(engine: Engine) -> Queues:
         writing = book.writing_count()
         unsafe = book.unsafe_count()
         dirty, pinned = (unsafe - writing) * slot, book.pinned_count() * slot
-        return Queues(book.fetching_count() * slot, writing * slot, dirty, mover.waiting, pinned)
+        depth = 0 if engine.pages is None else mover.ssd.queue.depth
+        return Queues(book.fetching_count() * slot, writing * slot, dirty, mover.waiting, pinned, depth)

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alaya_tiers import kernel
+from alaya_tiers.depth import USUAL
 
 T = TypeVar("T")
 Numbers = npt.NDArray[np.int64]
@@ -67,9 +68,17 @@ class Disk(Protocol):
         ...
 
     def read_pages(
-        self, handles: npt.NDArray[np.int32], offsets: Numbers, first: Numbers, addresses: Numbers, page: int
+        self,
+        handles: npt.NDArray[np.int32],
+        offsets: Numbers,
+        first: Numbers,
+        addresses: Numbers,
+        page: int,
+        depth: int = USUAL,
     ) -> Numbers:
-        """Many small reads at once: bytes read, which may be short, or -errno, int64 [n]. It has ended when it returns.
+        """Many small reads, ``depth`` of them at once: bytes read, which may be short, or -errno, int64 [n].
+
+        It has ended when it returns.
 
         Read i is of ``handles[i]`` from ``offsets[i]`` on into ``page`` bytes at each of
         ``addresses[first[i] : first[i + 1]]``. handles: int32 [n]; offsets: int64 [n]; first: int64 [n + 1].
@@ -265,9 +274,15 @@ class SystemDisk:
         return os.preadv(handle, buffers, offset)
 
     def read_pages(
-        self, handles: npt.NDArray[np.int32], offsets: Numbers, first: Numbers, addresses: Numbers, page: int
+        self,
+        handles: npt.NDArray[np.int32],
+        offsets: Numbers,
+        first: Numbers,
+        addresses: Numbers,
+        page: int,
+        depth: int = USUAL,
     ) -> Numbers:
-        return kernel.read_pages(handles, offsets, first, addresses, page)
+        return kernel.read_pages(handles, offsets, first, addresses, page, depth)
 
     def write(self, handle: int, buffers: Sequence[memoryview], offset: int) -> int:
         return os.pwritev(handle, buffers, offset)

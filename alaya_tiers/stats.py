@@ -44,7 +44,8 @@ class Queues:
 
     reading: on their way from ssd. writing: on their way to it. dirty: in host memory, not on ssd, and waiting to be
     written. waiting: how many calls sleep until one of these gets smaller. pinned: being read by attention, copied or
-    coded, and not to be moved meanwhile; what stays between steps was left by a mistake.
+    coded, and not to be moved meanwhile; what stays between steps was left by a mistake. depth: single pages that each
+    thread reads at once, 0 where none are read.
     """
 
     reading: int = 0
@@ -52,6 +53,7 @@ class Queues:
     dirty: int = 0
     waiting: int = 0
     pinned: int = 0
+    depth: int = 0
 
 
 @dataclass(slots=True)

@@ -26,7 +26,7 @@ from alaya_tiers.commit import (
     prepare,
     put_in_place,
 )
-from alaya_tiers.config import IoMode
+from alaya_tiers.config import Settings
 from alaya_tiers.errors import (
     IOFailed,
     StoreCorrupt,
@@ -36,10 +36,11 @@ from alaya_tiers.errors import (
 )
 from alaya_tiers.leftovers import leftovers, uncounted
 from alaya_tiers.manifest import Entry, Manifest
-from alaya_tiers.seams import Disk
+from alaya_tiers.seams import Clock, Disk
 from alaya_tiers.snapshot import Model, Shelf, open_here
 from alaya_tiers.tiers.base import Accountant
 from alaya_tiers.tiers.files import translate
+from alaya_tiers.tiers.queue import Queue
 from alaya_tiers.tiers.ssd import SsdTier
 from alaya_tiers.tiers.zarr_format import FORMAT, array_json, group_json
 
@@ -90,10 +91,14 @@ class Store(Shelf):
         """Where this session's segments go."""
         return os.path.join(self.path, self.session)
 
-    def tier(self, io: IoMode, accountant: Accountant, segment_tokens: int, threads: int) -> SsdTier:
+    def tier(self, settings: Settings, accountant: Accountant, clock: Clock) -> SsdTier:
         """The ssd tier of this session."""
-        direct = io == "direct" or (io == "auto" and self._can_direct())
-        return SsdTier(self.directory, self._disk, accountant, segment_tokens, threads, direct=direct)
+        s = settings
+        direct = s.io == "direct" or (s.io == "auto" and self._can_direct())
+        queue = Queue(clock, s.queue_depth)
+        return SsdTier(
+            self.directory, self._disk, accountant, s.segment_tokens, s.io_threads, direct=direct, queue=queue
+        )
 
     async def save_groups(self) -> list[str]:
         """Metadata of the groups that this session's segments are in; the files. Raises StoreError."""

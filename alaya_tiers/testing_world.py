@@ -196,7 +196,13 @@ class SimDisk:
         return at
 
     def read_pages(
-        self, handles: npt.NDArray[np.int32], offsets: Numbers, first: Numbers, addresses: Numbers, page: int
+        self,
+        handles: npt.NDArray[np.int32],
+        offsets: Numbers,
+        first: Numbers,
+        addresses: Numbers,
+        page: int,
+        depth: int = 0,
     ) -> Numbers:
         return read_each(self, handles, offsets, first, addresses, page)
 

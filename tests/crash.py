@@ -164,7 +164,13 @@ class CrashDisk:
             return done
 
     def read_pages(
-        self, handles: npt.NDArray[np.int32], offsets: Numbers, first: Numbers, addresses: Numbers, page: int
+        self,
+        handles: npt.NDArray[np.int32],
+        offsets: Numbers,
+        first: Numbers,
+        addresses: Numbers,
+        page: int,
+        depth: int = 0,
     ) -> Numbers:
         return read_each(self, handles, offsets, first, addresses, page)
 

@@ -23,10 +23,11 @@ from alaya_tiers.mover import Mover, Policies
 from alaya_tiers.pages import Pages
 from alaya_tiers.policies import EVICTION, PREFETCH, EvictionView, Watermark, Window, by_name
 from alaya_tiers.seams import memory
-from alaya_tiers.testing_world import SimDisk, SimExecutor, VirtualLoop
+from alaya_tiers.testing_world import SimClock, SimDisk, SimExecutor, VirtualLoop
 from alaya_tiers.tiers.base import Accountant, Slots
 from alaya_tiers.tiers.device import DeviceTier
 from alaya_tiers.tiers.host import HostTier
+from alaya_tiers.tiers.queue import Queue
 from alaya_tiers.tiers.ssd import SsdTier
 
 POISON = 0xDB
@@ -124,7 +125,8 @@ class Sim:
             Traced(by_name(PREFETCH, s.prefetch), self.note),
             Traced(Watermark(s.dirty_limit), self.note),
         )
-        self.ssd = SsdTier("/sim", self.disk, books, s.segment_tokens, s.io_threads, direct=True)
+        queue = Queue(SimClock(self.loop))
+        self.ssd = SsdTier("/sim", self.disk, books, s.segment_tokens, s.io_threads, direct=True, queue=queue)
         self.device = PoisonedDevice(s.device_budget, PAGE, books)
         self.host = PoisonedHost(s.host_budget, PAGE, books)
         self.mover = Mover(s, policies, self.device, self.host, self.ssd, self.executor, self._publish)

@@ -43,6 +43,9 @@ def test_sizes_for_people_are_close(n: int) -> None:
         ("io", "mmap"),
         ("mode", "approximate"),
         ("io_threads", 0),
+        ("queue_depth", 0),
+        ("queue_depth", 257),
+        ("queue_depth", "deep"),
         ("sink_tokens", -1),
         ("host_budget", "lots"),
         ("batch_bytes", 0),
@@ -75,8 +78,10 @@ def test_whole_numbers_are_numbers_and_none_is_no_limit() -> None:
 
 def test_settings_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
-    file.write_text('[alaya_tiers]\nhost_budget = "1GiB"\nblock_tokens = 64\neviction = "lru"\n')
+    file.write_text('[alaya_tiers]\nhost_budget = "1GiB"\nblock_tokens = 64\neviction = "lru"\nqueue_depth = 32\n')
     settings = Settings.from_toml(file)
+    assert settings.queue_depth == 32
+    assert settings.replace(queue_depth=None) == settings.replace(queue_depth=Settings().queue_depth)
     assert (settings.host_budget, settings.block_tokens, settings.eviction) == (1 << 30, 64, "lru")
     assert settings.replace(block_tokens=128).block_tokens == 128
     file.write_text("host_bugdet = 1\n")

@@ -12,10 +12,12 @@ from torch import Tensor
 from alaya_tiers.blocks import PAGE
 from alaya_tiers.cache import Session, Visible
 from alaya_tiers.config import Settings
+from alaya_tiers.depth import USUAL
 from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError, StoreCorrupt
 from alaya_tiers.pages import NOWHERE, Pages
 from alaya_tiers.policies import GUESS, SOURCES
+from alaya_tiers.seams import SystemDisk
 
 LAYERS, HEADS, GROUP, DIM, TOKENS = 3, 2, 2, 16, 1500
 SIZES: dict[str, Any] = {
@@ -107,6 +109,25 @@ def test_a_page_that_stays_is_not_read_again() -> None:
         for _ in range(5):
             ask(session, 0, 0)
         assert session.stats().read_bytes == read
+    finally:
+        session.engine.close()
+
+
+@pytest.mark.parametrize("fixed", [None, 3])
+def test_pages_are_read_at_the_depth_that_is_set(fixed: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    used, read_pages = set[int](), SystemDisk.read_pages
+
+    def noted(disk: SystemDisk, *arguments: Any) -> Any:
+        used.add(arguments[-1])
+        return read_pages(disk, *arguments)
+
+    monkeypatch.setattr(SystemDisk, "read_pages", noted)
+    session = made(**TIGHT, queue_depth=fixed)
+    try:
+        ask(session, 0, 0)
+        assert pool(session).use.missed
+        assert used == {fixed or USUAL}
+        assert session.stats().queues.depth == (fixed or USUAL)
     finally:
         session.engine.close()
 

@@ -38,9 +38,9 @@ def test_what_lies_apart_is_read_by_one_call(
     stored, calls = Stored(disk, str(tmp_path), 64), list[int]()
     read_pages = disk.read_pages
 
-    def counted(handles: Any, offsets: Any, first: Any, addresses: Any, page: int) -> Any:
+    def counted(handles: Any, *arguments: Any) -> Any:
         calls.append(len(handles))
-        return read_pages(handles, offsets, first, addresses, page)
+        return read_pages(handles, *arguments)
 
     monkeypatch.setattr(disk, "read_pages", counted)
     stored.tier.files[0].known[:] = False

@@ -21,7 +21,7 @@ from alaya_tiers import digest
 from alaya_tiers.blocks import PAGE, BlockShape, round_up
 from alaya_tiers.digest import Digests
 from alaya_tiers.errors import StoreCorrupt, StoreError
-from alaya_tiers.seams import Disk, memory
+from alaya_tiers.seams import Disk, SystemClock, memory
 from alaya_tiers.tiers.base import Accountant, Addresses
 from alaya_tiers.tiers.files import (
     Asked,
@@ -33,6 +33,7 @@ from alaya_tiers.tiers.files import (
     digests_bytes,
     translate,
 )
+from alaya_tiers.tiers.queue import Batch, Queue
 from alaya_tiers.tiers.zarr_format import shard_index
 
 MOST_EXTENTS = 256
@@ -68,15 +69,24 @@ def _clear_padding(run: Run) -> None:
 
 
 class SsdTier:
-    """Extents of one session's files under ``directory``.
+    """Extents of one session's files under ``directory``. queue: of single pages.
 
     ``place`` and ``forget`` are pure bookkeeping, calls to which the caller serialises; jobs are run by an executor.
     """
 
     def __init__(
-        self, directory: str, disk: Disk, accountant: Accountant, segment_tokens: int, threads: int, *, direct: bool
+        self,
+        directory: str,
+        disk: Disk,
+        accountant: Accountant,
+        segment_tokens: int,
+        threads: int,
+        *,
+        direct: bool,
+        queue: Queue | None = None,
     ) -> None:
         self.directory, self.direct = directory, direct
+        self.queue = queue or Queue(SystemClock())
         self.files: list[SegmentFile] = []
         self.writes: Writes | None = None
         self._disk, self._accountant = disk, accountant
@@ -292,7 +302,7 @@ class SsdTier:
         addresses = np.array([address for run in runs for address in run.addresses])
         offsets = np.array([run.offset for run in runs])
         with self._opened([run.file for run in runs], offsets) as handles:
-            done = self._disk.read_pages(handles, offsets, ends, addresses, runs[0].file.stride)
+            done = self._disk.read_pages(handles, offsets, ends, addresses, runs[0].file.stride, self.queue.usual)
         for run, got in zip(runs, done.tolist(), strict=True):
             if got < 0:
                 raise self._failed(OSError(-got, os.strerror(-got)), run.file, run.blocks, "read")
@@ -342,13 +352,20 @@ class SsdTier:
         """
         order = np.lexsort((offsets, numbers))
         share = max(LEAST_PAGES, -(-len(order) // self._threads))
-        pieces = (order[i : i + share] for i in range(0, len(order), share))
+        pieces = [order[i : i + share] for i in range(0, len(order), share)]
+        batch = self.queue.batch(len(pieces), share)
         return [
-            partial(self._read_pages, numbers[some], offsets[some], addresses[some], digests[some]) for some in pieces
+            partial(self._read_pages, batch, numbers[some], offsets[some], addresses[some], digests[some])
+            for some in pieces
         ]
 
     def _read_pages(
-        self, numbers: npt.NDArray[np.int32], offsets: npt.NDArray[np.int64], addresses: Addresses, digests: Digests
+        self,
+        batch: Batch,
+        numbers: npt.NDArray[np.int32],
+        offsets: npt.NDArray[np.int64],
+        addresses: Addresses,
+        digests: Digests,
     ) -> None:
         """Neighbours are one read. What comes short or fails is read again as blocks are, which says why.
 
@@ -361,13 +378,16 @@ class SsdTier:
         files = [self.files[number] for number in numbers[first].tolist()]
         asked = Asked([file for n in np.unique(numbers).tolist() if not (file := self.files[n]).told])
         with self._opened([*files, *asked.files], np.append(offsets[first], asked.offsets)) as handles:
-            done = self._disk.read_pages(
-                handles,
-                np.append(offsets[first], asked.offsets),
-                np.append(ends, ends[-1] + asked.ends[1:]),
-                np.append(addresses, asked.addresses),
-                PAGE,
-            )[: len(first)]
+            with batch.reading() as reads:
+                done = self._disk.read_pages(
+                    handles,
+                    np.append(offsets[first], asked.offsets),
+                    np.append(ends, ends[-1] + asked.ends[1:]),
+                    np.append(addresses, asked.addresses),
+                    PAGE,
+                    batch.depth,
+                )[: len(first)]
+                reads.n, reads.whole = len(first), bool((done == np.diff(ends) * PAGE).all())
             for i in np.flatnonzero(done != np.diff(ends) * PAGE).tolist():
                 file = files[i]
                 buffers = [memory(address, PAGE) for address in addresses[ends[i] : ends[i + 1]].tolist()]
