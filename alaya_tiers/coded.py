@@ -2,8 +2,10 @@
 
 segments/NAME/index    one line: magic, sha256 and length of the header
                        the header: JSON, which record it belongs to, and of each layer its layout and digests
-                       the codes, layer by layer, run by run, head by head
+                       layer by layer: the codes, run by run, head by head; then their summaries, the same
 """
+
+from __future__ import annotations
 
 import hashlib
 import json
@@ -18,9 +20,10 @@ import xxhash
 from alaya_tiers import kernel
 from alaya_tiers.digest import of_rows
 from alaya_tiers.index.codes import Layout
+from alaya_tiers.index.summary import Shape
 from alaya_tiers.seams import Disk, read_into, read_up_to
 
-MAGIC, FAMILY = b"alaya-index-2", b"alaya-index-"
+MAGIC, FAMILY = b"alaya-index-3", b"alaya-index-"
 MOST_HEADER = 64 << 20
 TOGETHER = 2 << 20
 """Bytes of codes read at a time: as a processor's cache holds."""
@@ -34,19 +37,54 @@ Addresses = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
-class LayerCodes:
-    """Where the codes of one layer are. offset: of the first run, in bytes. digests: xxh3-64 of each run, 0 = none."""
+class Pieces(NamedTuple):
+    """Pieces of one size, one a kv head, run by run. each: bytes of a piece. digests: of a run, all heads, 0 = none."""
 
-    layout: Layout
-    kv_heads: int
     offset: int
+    heads: int
+    each: int
     digests: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of one run."""
+        return self.heads * self.each
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCodes:
+    """Where the codes of one layer are. offset: of the first run, in bytes. digests: xxh3-64 of each run, 0 = none.
+
+    summaries: digests of their summaries, which come after the codes of all runs.
+    """
+
+    layout: Layout
+    kv_heads: int
+    offset: int
+    digests: tuple[int, ...]
+    summaries: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one run."""
         return self.kv_heads * self.layout.nbytes
+
+    @property
+    def of_codes(self) -> Pieces:
+        """What the codes are, run by run."""
+        return Pieces(self.offset, self.kv_heads, self.layout.nbytes, self.digests)
+
+    @property
+    def of_summaries(self) -> Pieces:
+        """What their summaries are."""
+        at = self.offset + len(self.digests) * self.nbytes
+        return Pieces(at, self.kv_heads, Shape.of(self.layout).nbytes, self.summaries)
+
+    @property
+    def end(self) -> int:
+        """Where the next layer begins."""
+        summaries = self.of_summaries
+        return summaries.offset + len(self.digests) * summaries.nbytes
 
 
 class OtherCodes(ValueError):
@@ -88,19 +126,19 @@ def header_of(disk: Disk, handle: int) -> Header:
         raise ValueError("its header makes no sense") from error
 
 
-def run_of(disk: Disk, handle: int, codes: LayerCodes, run: int) -> bytearray | None:
-    """The codes of one run; None if there are none, or others than were written. Raises OSError."""
+def run_of(disk: Disk, handle: int, codes: Pieces, run: int) -> bytearray | None:
+    """The pieces of one run; None if there are none, or others than were written. Raises OSError."""
     buffer = read_up_to(disk, handle, codes.offset + run * codes.nbytes, codes.nbytes)
     return buffer if xxhash.xxh3_64_intdigest(buffer) == codes.digests[run] else None
 
 
-def runs_into(disk: Disk, handle: int, codes: LayerCodes, runs: list[int], addresses: Addresses) -> Mask:
-    """Bring runs, ascending, to where the codes of each head shall lie; which of them are what was written, bool [n].
+def runs_into(disk: Disk, handle: int, codes: Pieces, runs: list[int], addresses: Addresses) -> Mask:
+    """Bring the pieces of runs, ascending, to where each head's shall lie; which are what was written, bool [n].
 
     addresses: int64 [n, kv_heads]. Neighbours are read together, checked while they are in the processor's cache, then
     copied: memory of the index is touched for what is good alone. What cannot be read is not what was written.
     """
-    good, nbytes, at = np.zeros(len(runs), bool), codes.layout.nbytes, 0
+    good, nbytes, at = np.zeros(len(runs), bool), codes.each, 0
     for group in _neighbours(runs, max(1, TOGETHER // codes.nbytes)):
         rows = np.empty((len(group), codes.nbytes), np.uint8)
         try:
@@ -131,9 +169,10 @@ def problem_of(disk: Disk, path: str, record: str) -> str | None:
         if header.record != record:
             return "the codes are those of another record"
         for number, codes in header.layers.items():
-            for run, digest in enumerate(codes.digests):
-                if digest and run_of(disk, handle, codes, run) is None:
-                    return f"the codes of run {run} of layer {number} are damaged"
+            for what, pieces in (("codes", codes.of_codes), ("summaries", codes.of_summaries)):
+                for run, digest in enumerate(pieces.digests):
+                    if digest and run_of(disk, handle, pieces, run) is None:
+                        return f"the {what} of run {run} of layer {number} are damaged"
         return None
     except OtherCodes:
         return None
@@ -161,13 +200,13 @@ def _data_at(header: int) -> int:
 
 def _layer(data: Any, data_at: int) -> LayerCodes:
     layout = Layout(**{name: int(value) for name, value in data["layout"].items()})
-    digests = tuple(int(digest) for digest in data["digests"])
-    if digests and not 0 <= min(digests) <= max(digests) < 1 << 64:
+    digests, summaries = (tuple(int(digest) for digest in data[name]) for name in ("digests", "summaries"))
+    if len(digests) != len(summaries) or any(not 0 <= digest < 1 << 64 for digest in (*digests, *summaries)):
         raise ValueError("digests that cannot be")
     numbers = (*asdict(layout).values(), int(data["kv_heads"]))
     if min(numbers) < 1 or max(numbers) > 1 << 24 or not 0 <= int(data["offset"]) < 1 << 60:
         raise ValueError("sizes that cannot be")
-    codes = LayerCodes(layout, int(data["kv_heads"]), data_at + int(data["offset"]), digests)
+    codes = LayerCodes(layout, int(data["kv_heads"]), data_at + int(data["offset"]), digests, summaries)
     if codes.nbytes > _MOST_RUN:
         raise ValueError("sizes that cannot be")
     return codes

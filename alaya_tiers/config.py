@@ -86,7 +86,11 @@ class Settings:
         and from disk; what has no codes yet comes on top. None = as many as are near enough.
     index_bits: bits of each number of a coded key, 4 or 8. 8 find fewer keys that do not matter, in twice the memory.
     index_sure: standard deviations of a code's error that are allowed for; 0 = any error there can be (complete).
-    index_budget: bytes of codes in memory; None = no limit. What finds no room is attended exactly, with a warning.
+    index_parts: standard deviations that a key may lie off what its 64 neighbours have in common before they are left
+        out unseen; 0 = they are left out only where none can be wanted. 4 or 5 makes long contexts much faster whose
+        neighbours resemble each other, and overlooks a single key that is like none of its own: no needle is found so.
+    index_budget: bytes of codes in memory; None = no limit. Codes of a stored context that find no room stay on disk
+        and are read when they are wanted; others are attended exactly, with a warning.
     device_index_budget: with a GPU, bytes of codes that also lie in its memory, where it scans them; what finds no room
         there the CPU scans. Taken as codes come.
     measure_mass: sparse mode also attends exactly and compares, for its statistics. Slow.
@@ -134,6 +138,7 @@ class Settings:
     attention_budget: int | None = None
     index_bits: int = 4
     index_sure: float = 2.0
+    index_parts: float = 0.0
     index_budget: int | None = 2 << 30
     device_index_budget: int = 2 << 30
     measure_mass: bool = False
@@ -184,8 +189,9 @@ class Settings:
             raise ConfigError(f"least_mass is a share of the attention, 0 to below 1, got {self.least_mass!r}")
         if self.index_bits not in (4, 8):
             raise ConfigError(f"index_bits is 4 or 8, got {self.index_bits!r}")
-        if not self.index_sure >= 0:
-            raise ConfigError(f"index_sure is a number of standard deviations, or 0, got {self.index_sure!r}")
+        for name in ("index_sure", "index_parts"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"{name} is a number of standard deviations, or 0, got {getattr(self, name)!r}")
         if self.most_selected is not None and self.most_selected < 0:
             raise ConfigError(f"most_selected cannot be negative, got {self.most_selected!r}")
         for name in (*RATES, "attention_target"):

@@ -103,7 +103,7 @@ class Contexts:
         with self._lock:
             wanted = dict.fromkeys(name for names in rows for name in names)
             indexes = self._indexes([name for name in wanted if not self._adopted.holds(name)])
-            held = {name: self._hold(name, device, indexes.get(name)) for name in wanted}
+            held = {name: self._hold(name, device, indexes) for name in wanted}
             self.last_used |= dict.fromkeys(wanted, self.engine.clock.monotonic())
             for place, number in enumerate(sorted(self._prefixes.record(rows[0][0]).layers)):
                 first = [np.concatenate([held[name][place][0] for name in names]) for names in rows]
@@ -287,15 +287,18 @@ class Contexts:
         found = {name: open_index(disk, self.shelf.index_path(name), segments[name].digest, bits) for name in names}
         return {name: index for name, index in found.items() if index is not None}
 
-    def _hold(self, name: str, device: torch.device, index: IndexFile | None) -> Held:
-        """A segment's blocks, in the ledger, and what is known of their index."""
+    def _hold(self, name: str, device: torch.device, indexes: dict[str, IndexFile]) -> Held:
+        """A segment's blocks, in the ledger, and what is known of their index. indexes: of all about to be held."""
         segment = self._prefixes.record(name)
         try:
             held = self._adopted.hold(name, segment, device)
         except StoreCorrupt as error:
             self._prefixes.lost(name, error)
             raise self._prefixes.corrupt(name) from error
+        index = indexes.get(name)
         if index is not None and self.engine.partitions is not None:
+            self.engine.partitions.announce(layer for one in indexes.values() for layer in one.layers.values())
+            del indexes[name]
             numbers = sorted(segment.layers)
             blocks = {n: first for n, (first, _) in zip(numbers, held, strict=True)}
             heads = {n: heads for n, (_, heads) in zip(numbers, held, strict=True)}

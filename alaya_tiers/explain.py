@@ -18,7 +18,8 @@ from alaya_tiers.stats import Touched
 class LayerPlan:
     """One layer's last decode step.
 
-    tokens: what it saw. heads: kv heads, and of them codes: how many were to scan codes; the others read everything.
+    tokens: what it saw. heads: kv heads, and of them codes: how many were to scan all codes; coarse: how many those of
+    parts that by their summary may matter; the others read everything.
     found: keys each head found within reach when it scanned last; alphas: the share of the largest weight a key had
     to have for it, less than the setting where that held too little of the attention. most: what a head may find at
     most; None: any number. predicted, measured: seconds; with ``measure_mass`` the comparison is in the measured.
@@ -33,6 +34,7 @@ class LayerPlan:
     tokens: int
     heads: int
     codes: int
+    coarse: int
     found: tuple[int, ...]
     alphas: tuple[float, ...]
     most: int | None
@@ -50,12 +52,12 @@ class LayerPlan:
     def plan(self) -> str:
         """The plan in words."""
         reach = "DIPR" if self.most is None else f"DIPR, at most {self.most}"
-        if self.codes and min(self.alphas) < 0.999 * max(self.alphas):
+        flat = self.heads - self.codes - self.coarse
+        if flat < self.heads and min(self.alphas) < 0.999 * max(self.alphas):
             reach += f", alpha down to {min(self.alphas):.2g}"
-        parts = [f"{self.codes} codes ({reach})"] * bool(self.codes) + [f"{self.heads - self.codes} flat"] * (
-            self.codes < self.heads
-        )
-        return " + ".join(parts)
+        plans = {"coarse": self.coarse, "codes": self.codes}
+        looking = [f"{heads} {name} ({reach})" for name, heads in plans.items() if heads]
+        return " + ".join([*looking, *[f"{flat} flat"] * bool(flat)])
 
     @property
     def outcome(self) -> str:
@@ -69,8 +71,9 @@ class LayerPlan:
 class Explanation:
     """The plans of all layers that have decoded a token. str() is a table for people.
 
-    There are two plans for a head: ``flat`` reads all keys and values, ``codes`` scans the index and attends to what is
-    within reach (DIPR), to a number of keys at most where there is a limit of keys, bytes or time.
+    There are three plans for a head: ``flat`` reads all keys and values, ``codes`` scans the index and attends to what
+    is within reach (DIPR), to a number of keys at most where there is a limit of keys, bytes or time, and ``coarse``
+    does so too, but leaves out parts of 64 tokens that, by their summaries, hold nothing within reach.
     """
 
     mode: str
@@ -134,11 +137,11 @@ def explain(settings: Settings, layers: Iterable[Layer]) -> Explanation:
         if not history.tokens:
             continue
         found = tuple(np.minimum(history.found, history.tokens).astype(int).tolist())
-        look = int(history.choice.look.sum())
+        look, coarse = int(history.choice.look.sum()), int(history.choice.coarse.sum())
         alphas = tuple(np.exp(-np.maximum(history.far, -math.log(settings.alpha))).tolist())
         plans.append(
             LayerPlan(
-                state.number, history.tokens, history.found.size, look, found, alphas,
+                state.number, history.tokens, history.found.size, look - coarse, coarse, found, alphas,
                 history.choice.most if look else None, history.predicted, history.measured,
                 tuple(history.used.astype(int).tolist()), tuple(history.mass.tolist()), history.gave_up, history.why,
                 int(history.used.sum()) * state.shape.geometry.row_bytes, state.scanned, replace(state.touched),

@@ -12,13 +12,18 @@ from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import xxhash
 from torch import Tensor
 
-from alaya_tiers.coded import LayerCodes, encoded, header_of, runs_into
+from alaya_tiers.coded import LayerCodes, Pieces, encoded, header_of, runs_into
 from alaya_tiers.index.codes import Layout
+from alaya_tiers.index.summary import summarise
 from alaya_tiers.partitions import Partitions, Source
 from alaya_tiers.seams import Disk, write_new
+
+TOGETHER = 16
+"""Runs whose codes are summarised together."""
 
 Runs = npt.NDArray[np.int64]
 """The first block id of each run of blocks."""
@@ -42,12 +47,19 @@ class IndexFile(Source):
 
     def load(self, layer: int, runs: list[int], addresses: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         """See Source."""
+        return self._read(self.layers[layer].of_codes, runs, addresses)
+
+    def load_summaries(self, layer: int, runs: list[int], addresses: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """See Source."""
+        return self._read(self.layers[layer].of_summaries, runs, addresses)
+
+    def _read(self, pieces: Pieces, runs: list[int], addresses: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
         try:
             handle = self._disk.open(self._path, create=False, direct=False)
         except OSError:
             return np.zeros(len(runs), bool)
         try:
-            return runs_into(self._disk, handle, self.layers[layer], runs, addresses)
+            return runs_into(self._disk, handle, pieces, runs, addresses)
         finally:
             self._disk.close(handle)
 
@@ -62,15 +74,13 @@ def save(
     layers, offset = dict[int, LayerCodes](), 0
     parts: list[tuple[int, Tensor]] = []
     for number, first in sorted(blocks.items()):
-        digests, layout = [], partitions.layout_of(number)
-        nbytes = heads[number] * layout.nbytes
-        for run, block in enumerate(first.tolist()):
-            coded = partitions.export(np.arange(block, block + heads[number]))
-            digests.append(0 if coded is None else xxhash.xxh3_64_intdigest(coded.numpy().tobytes()))
-            if coded is not None:
-                parts.append((offset + run * nbytes, coded))
-        layers[number] = LayerCodes(layout, heads[number], offset, tuple(digests))
-        offset += len(digests) * nbytes
+        layout = partitions.layout_of(number)
+        runs = [partitions.export(np.arange(block, block + heads[number])) for block in first.tolist()]
+        short = _summaries(runs, layout)
+        layers[number] = LayerCodes(layout, heads[number], offset, _digests(runs), _digests(short))
+        for some, at in ((runs, layers[number].of_codes), (short, layers[number].of_summaries)):
+            parts += [(at.offset + run * at.nbytes, one) for run, one in enumerate(some) if one is not None]
+        offset = layers[number].end
     if not parts:
         return False
     pieces, data_at = encoded(record, layers)
@@ -82,6 +92,22 @@ def save(
             disk.remove(path)
         return False
     return True
+
+
+def _summaries(runs: list[Tensor | None], layout: Layout) -> list[Tensor | None]:
+    """Of the codes of each run, where it has some: many together, which is faster."""
+    found: list[Tensor | None] = [None] * len(runs)
+    coded = [number for number, run in enumerate(runs) if run is not None]
+    for start in range(0, len(coded), TOGETHER):
+        some = coded[start : start + TOGETHER]
+        made = summarise(torch.cat([run for number in some if (run := runs[number]) is not None]), layout)
+        for number, one in zip(some, made.view(len(some), -1, made.shape[1]), strict=True):
+            found[number] = one
+    return found
+
+
+def _digests(runs: list[Tensor | None]) -> tuple[int, ...]:
+    return tuple(0 if run is None else xxhash.xxh3_64_intdigest(run.numpy().tobytes()) for run in runs)
 
 
 def open_index(disk: Disk, path: str, record: str, bits: int) -> IndexFile | None:

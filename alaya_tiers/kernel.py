@@ -52,6 +52,12 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     library.alaya_scan.argtypes = [number] * 2 + [pointer] * 5 + [number] * 9 + [ctypes.c_float] * 3 + [pointer] * 7
     library.alaya_scan_room.argtypes = [number] * 6
     library.alaya_scan.restype = library.alaya_scan_room.restype = number
+    library.alaya_near.argtypes = [number] + [pointer] * 4 + [number] * 5 + [ctypes.c_float] * 3 + [pointer] * 2
+    library.alaya_best_parts.argtypes = [pointer] * 2 + [number] * 4 + [pointer]
+    library.alaya_within.argtypes = [pointer] * 3 + [number] * 3 + [pointer]
+    library.alaya_left.argtypes = [number] + [pointer] * 4 + [number] * 6 + [pointer] * 2
+    for function in (library.alaya_near, library.alaya_best_parts, library.alaya_within, library.alaya_left):
+        function.restype = None
     library.alaya_walk.argtypes = [pointer] * 6 + [number] * 8 + [ctypes.c_float] + [pointer] * 3
     library.alaya_walk.restype = number
     library.alaya_digest.argtypes = [pointer, number, pointer, number, number, pointer]
@@ -157,6 +163,66 @@ def scan(
         _address(n_found), *results, _address(room),
     )  # fmt: skip
     return room[at : at + 4 * heads * blocks.shape[1] * dims[2]].view(np.int32), n_found
+
+
+def near(
+    q: Tensor,
+    blocks: npt.NDArray[np.int64],
+    parts: int,
+    numbers: tuple[float, float, float],
+    out: npt.NDArray[np.float32],
+) -> None:
+    """index.summary.near on contiguous arguments. out: float32 [2, heads, n, parts, rows], most and mean.
+
+    numbers: scale, softcap, deviations allowed for (below 0: any there can be).
+    """
+    heads, rows, dims = q.shape
+    squares, length = q**2, q.norm(dim=2)
+    _library().alaya_near(
+        torch.get_num_threads(), q.data_ptr(), squares.data_ptr(), length.data_ptr(), _address(blocks), heads, rows,
+        blocks.shape[1], parts, dims, *numbers, _address(out[0]), _address(out[1]),
+    )  # fmt: skip
+
+
+def best_parts(
+    mean: npt.NDArray[np.float32], many: npt.NDArray[np.float32], most: int, chosen: npt.NDArray[np.bool_]
+) -> None:
+    """Mark the ``most`` parts of the largest ``mean`` [heads, n, parts, rows], of each row, of which keys count.
+
+    many: [n, parts], logarithm of how many do, -inf: none. chosen: bool [n, parts].
+    """
+    heads, n, parts, rows = mean.shape
+    _library().alaya_best_parts(_address(mean), _address(many), heads, rows, n * parts, most, _address(chosen))
+
+
+def within(
+    most: npt.NDArray[np.float32], least: Tensor, many: npt.NDArray[np.float32], chosen: npt.NDArray[np.bool_]
+) -> None:
+    """Mark parts of which ``most`` [heads, n, parts, rows] is at least ``least`` [heads, rows] in some row."""
+    heads, n, parts, rows = most.shape
+    _library().alaya_within(_address(most), least.data_ptr(), _address(many), heads, rows, n * parts, _address(chosen))
+
+
+def left(
+    mean: npt.NDArray[np.float32],
+    many: npt.NDArray[np.float32],
+    usual: Tensor,
+    blocks: npt.NDArray[np.int64],
+    v_dim: int,
+    value_at: int,
+) -> tuple[Tensor, Tensor]:
+    """Attention [heads, rows, v_dim] and lse [heads, rows] to the keys of parts, see index.summary.Near.
+
+    many: as above. usual: [heads, rows], a score that ``mean`` is not far above; far below it nothing counts. blocks:
+    int64 [heads, n], addresses of summaries, contiguous.
+    """
+    heads, n, parts, rows = mean.shape
+    out, lse = torch.empty(heads, rows, v_dim), torch.empty(heads, rows)
+    _library().alaya_left(
+        torch.get_num_threads(), _address(mean), _address(many), usual.data_ptr(), _address(blocks), heads, rows, n,
+        parts, v_dim, value_at, out.data_ptr(), lse.data_ptr(),
+    )  # fmt: skip
+    return out, lse
 
 
 def walk(

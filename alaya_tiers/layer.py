@@ -31,8 +31,9 @@ class AtHand(NamedTuple):
 class Divided(NamedTuple):
     """What a row's queries see, as sparse attention divides it.
 
-    outside: attended exactly; middle: blocks that have codes. codes: their addresses, int64 [kv_heads, middle];
-    mirrored: the same in a device's memory. codings: what the ledger had counted; held: keeps the codes in memory.
+    outside: attended exactly; middle: blocks that have codes, ``cold`` of them on disk alone. codes: their addresses,
+    int64 [kv_heads, middle]; summaries: the same of their summaries, None where one has none; mirrored: of codes in a
+    device's memory. codings: what the ledger had counted; held: keeps the codes in memory.
     key: while it is the same and so are codings, all of this is.
     """
 
@@ -40,12 +41,14 @@ class Divided(NamedTuple):
     outside: Spans
     middle: Spans
     codes: npt.NDArray[np.int64]
+    summaries: npt.NDArray[np.int64] | None
     mirrored: Mirrored | None
     codings: int
     held: object
     layout: Layout
     step: Step
     rates: Rates
+    cold: int = 0
 
 
 class Row:

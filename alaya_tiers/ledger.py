@@ -49,6 +49,7 @@ _FIELDS: dict[str, tuple[type, int]] = {
     "used": (np.int64, 0),
     "ahead": (np.bool_, 0),
     "code": (np.int32, NOWHERE),
+    "summary": (np.int32, NOWHERE),
     "paged": (np.bool_, 0),
     "uses": (np.int32, 0),
     "heat": (np.float32, 0),
@@ -63,6 +64,7 @@ class Freed(NamedTuple):
     host: Slots
     file: npt.NDArray[np.int32]
     code: Slots = np.empty(0, np.int32)
+    summary: Slots = np.empty(0, np.int32)
     paged: Ids = np.empty(0, np.int64)
 
 
@@ -90,6 +92,8 @@ class Ledger:
     """Read before it was asked for, and not asked for yet."""
     code: Slots
     """Slot of the block's codes, NOWHERE until they are made, UNCODABLE when they cannot be."""
+    summary: Slots
+    """Slot of the summary of the block's codes, or NOWHERE."""
     paged: Mask
     """Single pages of it were read, and may still be in memory."""
     uses: npt.NDArray[np.int32]
@@ -108,7 +112,7 @@ class Ledger:
         self.moves = 0
         """Grows whenever a block comes into memory, leaves it, or changes its place there."""
         self.codings = 0
-        """Grows whenever codes of blocks that live come or go."""
+        """Grows whenever codes, or their summaries, of blocks that live come or go."""
         self.tick = 0
         self.pass_tick = 0
         self.cursor = 0
@@ -243,19 +247,32 @@ class Ledger:
         """Whether codes of these blocks could be made now: sealed, held, in memory, and not coded yet."""
         return bool((self.sealed[ids] & (self.refs[ids] > 0) & (self.code[ids] == NOWHERE) & self.readable(ids)).all())
 
-    def uncode(self, layer: int) -> Slots:
-        """Forget all codes of a layer; the slots they were in."""
-        of_layer = np.flatnonzero((self.layer == layer) & (self.code != NOWHERE))
-        slots = self.code[of_layer]
+    def uncode(self, layer: int) -> tuple[Slots, Slots]:
+        """Forget all codes of a layer and their summaries; the slots they were in."""
+        of_layer = np.flatnonzero(self.layer == layer)
+        codes, summaries = self.code[of_layer], self.summary[of_layer]
         self.codings += 1
-        self.code[of_layer] = NOWHERE
-        return slots[slots >= 0]
+        self.code[of_layer] = self.summary[of_layer] = NOWHERE
+        return codes[codes >= 0], summaries[summaries >= 0]
+
+    def left(self, ids: Ids) -> Slots:
+        """Codes of blocks leave memory, and can be read again; the slots they were in."""
+        slots = self.code[ids]
+        self.codings += 1
+        self.code[ids] = NOWHERE
+        return slots
 
     def coded(self, ids: Ids, slots: Slots | int) -> None:
         """The codes of blocks are in ``slots``, or UNCODABLE."""
         assert (self.code[ids] == NOWHERE).all(), "a block was coded twice"
         self.codings += 1
         self.code[ids] = slots
+
+    def summarised(self, ids: Ids, slots: Slots) -> None:
+        """Summaries of the codes of blocks are in ``slots``."""
+        assert (self.summary[ids] == NOWHERE).all(), "a block was summarised twice"
+        self.codings += 1
+        self.summary[ids] = slots
 
     # ------------------------------------------------------------------ use
     def begin_pass(self, layer: int) -> None:
@@ -355,9 +372,13 @@ class Ledger:
             return NOTHING
         self.moves += 1
         device, host, file = self.device[dead], self.host[dead], self.file[dead]
-        code = self.code[dead]
-        freed = Freed(device[device >= 0], host[host >= 0], file[file >= 0], code[code >= 0], dead[self.paged[dead]])
-        self.device[dead] = self.host[dead] = self.file[dead] = self.code[dead] = NOWHERE
+        code, summary = self.code[dead], self.summary[dead]
+        freed = Freed(
+            device[device >= 0], host[host >= 0], file[file >= 0], code[code >= 0], summary[summary >= 0],
+            dead[self.paged[dead]],
+        )  # fmt: skip
+        for places in (self.device, self.host, self.file, self.code, self.summary):
+            places[dead] = NOWHERE
         self.sealed[dead] = self.ahead[dead] = self.paged[dead] = False
         for first in self._dead_groups(dead):
             self._reusable.setdefault(int(self._group[first]), []).append(first)

@@ -104,7 +104,8 @@ class Mover:
         self.ledger, self.traffic, self.lock = Ledger(), Traffic(), threading.RLock()
         self.shapes: dict[int, BlockShape] = {}
         self.codes: Arena | None = None
-        """Where codes of blocks are, if there are any."""
+        self.summaries: Arena | None = None
+        """Where codes of blocks are, and their summaries, if there are any."""
         self.pages: PagePool | None = None
         """Single pages of cold blocks, if there are any: they take slots of the host tier, and give them back."""
         self.garbage: list[str] = []
@@ -330,6 +331,8 @@ class Mover:
         """Return what dead blocks left behind to the tiers."""
         if freed.code.size and self.codes is not None:
             self.codes.give(freed.code)
+        if freed.summary.size and self.summaries is not None:
+            self.summaries.give(freed.summary)
         if freed.device.size:
             self.device.give(freed.device)
         if freed.host.size:

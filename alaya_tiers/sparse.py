@@ -27,17 +27,17 @@ from alaya_tiers.attention import BlockList, Partial, merge, nothing
 from alaya_tiers.blocks import Geometry
 from alaya_tiers.config import Settings
 from alaya_tiers.hand import Hand, at_hand
-from alaya_tiers.index.codes import MOST_DIMS, MOST_ROWS, Layout, Reach, boundable, scan
+from alaya_tiers.index.codes import MOST_DIMS, MOST_ROWS, Layout, Reach, Verify, boundable
 from alaya_tiers.index.plan import History, Limit, Rates, Step
 from alaya_tiers.layer import Divided, Layer, Row
 from alaya_tiers.ledger import Ids
 from alaya_tiers.listed import Asked, certain, lists, nothing_more, part_of
+from alaya_tiers.looking import NoCodes, Scans
 from alaya_tiers.near import Near, attend_anywhere
-from alaya_tiers.partitions import Partitions
+from alaya_tiers.partitions import Known, Partitions
 from alaya_tiers.picks import missed_share
 from alaya_tiers.recorder import Looks
 from alaya_tiers.stats import SparseUse
-from alaya_tiers.tiers.mirror import Mirrored
 from alaya_tiers.view import Heads, Spans, Visible
 
 
@@ -122,10 +122,15 @@ def attend(
         return None
     history.note_all(int(divided.outside.count.sum()) + int(divided.middle.count.sum()))
     limit, recorded = Limit.of(s, len(state.engine.mover.shapes)), state.engine.recorder is not None
-    if not history.plan(divided.step, divided.rates, limit, recorded=recorded).look.any():
+    summaries = divided.summaries is not None and (divided.cold > 0 or s.index_parts > 0)
+    if not history.plan(divided.step, divided.rates, limit, recorded=recorded, summaries=summaries).look.any():
         return None
-    with at_hand(state, asked.row) as hand:
-        return _attended(asked, history, visible, exact, use, partitions, divided, hand)
+    try:
+        with at_hand(state, asked.row) as hand:
+            return _attended(asked, history, visible, exact, use, partitions, divided, hand)
+    except NoCodes:
+        history.failed("codes on disk that could not be read, or have no room in index_budget")
+        return None
 
 
 def _divided(asked: Asked, visible: Visible, partitions: Partitions) -> Divided | str:
@@ -150,9 +155,12 @@ def _divided(asked: Asked, visible: Visible, partitions: Partitions) -> Divided 
         return NO_CODES
     inner[inner] = codes.coded
     outside, middle, layout = every.where(~inner), middle.where(codes.coded), partitions.layout_of(state.number)
-    step, rates = _step(state, row, outside, middle, layout, codes.mirrored), _rates(state, row, middle)
-    found = Divided(key, outside, middle, *codes[1:3], codes.codings, codes.held, layout, step, rates)
-    if visible.ranges is None and not step.cold and state.engine.mover.lanes.device.on_cpu:
+    step, rates = _step(state, row, outside, middle, layout, codes), _rates(state, row, middle)
+    found = Divided(
+        key, outside, middle, codes.codes, codes.summaries, codes.mirrored, codes.codings, codes.held, layout, step,
+        rates, codes.cold,
+    )  # fmt: skip
+    if visible.ranges is None and not step.cold and not codes.cold and state.engine.mover.lanes.device.on_cpu:
         row.divided = found._replace(held=None)
     return found
 
@@ -177,7 +185,7 @@ def _attended(
     """See attend: some heads look. hand: the row's blocks, where all are in memory."""
     state, q, s, rows = asked.state, asked.q, asked.state.engine.settings, asked.q.shape[1]
     outside, middle, layout, recorder = divided.outside, divided.middle, divided.layout, state.engine.recorder
-    (look, most, bound), group = history.choice, rows // visible.lo.size
+    (look, most, coarse, bound), group = history.choice, rows // visible.lo.size
     lo, hi = np.tile(visible.lo, group), np.tile(visible.hi, group)
 
     def dense(some: Spans, heads: Heads, top: Tensor | None = None) -> Iterator[Partial]:
@@ -195,14 +203,14 @@ def _attended(
     parts = [*dense(outside, heads, seed)] or [nothing(part_of(q, heads), asked.v_dim)]
     reach = Reach.of_share(s.alpha, most, s.index_sure or None)
 
+    def verify(here: Heads) -> Verify:
+        return lambda best: certain(asked, hand, here, middle, best, layout.rows, looks)
+
+    scans = Scans(asked, divided, coarse, reach, verify, partitions)
+
     def within(some: Heads, far: npt.NDArray[np.float64], near: Partial) -> Looked:
         here = heads[some]
-        found = scan(
-            part_of(q, here), part_of(divided.codes, here), middle.first, middle.count, layout, reach, asked.scale,
-            asked.softcap, part_of(seed, some), partitions.scratch, distances=far,
-            elsewhere=None if divided.mirrored is None else divided.mirrored.of(here),
-            verify=lambda best: certain(asked, hand, here, middle, best, layout.rows, looks),
-        )  # fmt: skip
+        found = scans.of(here, part_of(seed, some), far)
         sizes = np.array([tokens.size for tokens in found.tokens], np.float64)
         dear = divided.step.dear(sizes, divided.rates) & (not bound)
         if recorder is not None:
@@ -210,12 +218,15 @@ def _attended(
         tokens = [NONE if everything else some for some, everything in zip(found.tokens, dear, strict=True)]
         looks.attended(tokens)
         near = merge([near, *lists(asked, hand, here, middle, tokens, layout.rows)])
-        use.scanned_bytes += divided.codes[here].size * layout.nbytes
         rest = Partial(found.rest.to(q.device), found.rest_lse.to(q.device))
         return Looked(found.tokens, dear, near, merge((near, rest)))
 
     looked = _look(history, heads, merge(parts), s.mass_floor if most is None else 0.0, reach.distance, within)
+    use.scanned_bytes += scans.nbytes
+    history.note_parts(heads, scans.parts[heads], divided.step, divided.rates)
     history.judge(looked.found.astype(np.float64), looked.dear, divided.step, divided.rates)
+    if s.index_parts and divided.summaries is None and history.lies_together(divided.step, divided.rates).any():
+        partitions.want_summaries(state.ids(asked.row.first[middle.run]))
     share = looked.share()
     history.note(share.min(1), window + looked.found, looked.dear)
     sparse = np.flatnonzero(~looked.dear)
@@ -283,9 +294,9 @@ def _together(some: Heads, of_some: Partial, rest: Heads, of_rest: Partial) -> P
     return Partial(*(torch.cat(pair)[order] for pair in zip(of_some, of_rest, strict=True)))
 
 
-def _step(state: Layer, row: Row, outside: Spans, middle: Spans, layout: Layout, mirrored: Mirrored | None) -> Step:
+def _step(state: Layer, row: Row, outside: Spans, middle: Spans, layout: Layout, codes: Known) -> Step:
     """What a step of one kv head costs in bytes; codes in numbers that the CPU scans in the same time."""
-    s, numbers = state.engine.settings, float(middle.count.sum() * layout.dims)
+    s, numbers, mirrored = state.engine.settings, float(middle.count.sum() * layout.dims), codes.mirrored
     if mirrored is not None and (near := float(mirrored.there.mean())):
         cpu = (1 - near) * numbers / s.scan_rate
         there = near * numbers * layout.bits / 8 / s.device_rate + WAITED / state.shape.geometry.kv_heads
@@ -295,7 +306,7 @@ def _step(state: Layer, row: Row, outside: Spans, middle: Spans, layout: Layout,
     cold = 1 - float(book.readable(row.first[middle.run]).mean())
     return Step(
         window + float(middle.count.sum() * g.row_bytes), window, numbers, g.row_bytes,
-        state.shape.nbytes, middle.run.size, cold, missed_share(state),
+        state.shape.nbytes, middle.run.size, cold, missed_share(state), codes.cold * layout.nbytes / g.kv_heads,
     )  # fmt: skip
 
 

@@ -263,13 +263,13 @@ class Scratch:
     """Memory that scans use again: taken anew for every one, it would cost as much as the scan."""
 
     def __init__(self) -> None:
-        self._bytes = np.empty(0, np.uint8)
+        self._bytes: dict[str, npt.NDArray[np.uint8]] = {}
 
-    def room(self, nbytes: int) -> npt.NDArray[np.uint8]:
-        """At least so many bytes, contents undefined, until the next call."""
-        if self._bytes.size < nbytes:
-            self._bytes = np.empty(nbytes + nbytes // 4, np.uint8)
-        return self._bytes
+    def room(self, nbytes: int, name: str = "scan") -> npt.NDArray[np.uint8]:
+        """At least so many bytes, contents undefined, until the next call with this name."""
+        if name not in self._bytes or self._bytes[name].size < nbytes:
+            self._bytes[name] = np.empty(nbytes + nbytes // 4, np.uint8)
+        return self._bytes[name]
 
 
 def scan(
@@ -351,6 +351,17 @@ def _one(parts: list[tuple[npt.NDArray[np.intp], Hits]], rows: int) -> Scan:
     return Scan([np.sort(np.concatenate(some)) for some in lists], top, *rest)
 
 
+class Blocks(NamedTuple):
+    """What ``Codes`` asks a scan for. See scan."""
+
+    q: Tensor
+    blocks: npt.NDArray[np.int64]
+    first: npt.NDArray[np.int32]
+    counts: npt.NDArray[np.int32]
+    reach: Reach
+    verify: Verify
+
+
 class Codes:
     """Keys of one partition as codes, with the exact keys to verify what the scan finds. keys: float [tokens, dim].
 
@@ -393,10 +404,10 @@ class Codes:
                 scores = (queries.double() * self.keys[at].double()).sum(1).float()
                 return torch.where(torch.from_numpy(best >= 0), scores - 1e-6 * scores.abs(), -torch.inf)
 
-            hits = scan(
-                queries[None], addresses, np.zeros(len(coded), np.int32), counts, self.layout,
-                Reach(beta, None, self.sure), 1.0, verify=verify,
-            ).tokens[0]  # fmt: skip
+            some = Blocks(
+                queries[None], addresses, np.zeros(len(coded), np.int32), counts, Reach(beta, None, self.sure), verify
+            )
+            hits = self._scanned(some, torch.stack([block for _, block in coded], 1)).tokens[0]
             wanted.append(starts[hits // rows] + hits % rows)
         candidates = torch.from_numpy(np.sort(np.concatenate(wanted))) if wanted else torch.empty(0, dtype=torch.long)
         scores = queries.float() @ self.keys[candidates].float().T
@@ -404,3 +415,7 @@ class Codes:
             return Found(candidates, scores)
         near = (scores >= scores.amax(-1, keepdim=True) - beta).any(0)
         return Found(candidates[near], scores[:, near])
+
+    def _scanned(self, asked: Blocks, coded: Tensor) -> Scan:
+        """What a scan names. coded: the blocks themselves, uint8 [1, n, bytes]."""
+        return scan(*asked[:4], self.layout, asked.reach, 1.0, verify=asked.verify)

@@ -30,6 +30,7 @@ from alaya_tiers import GatheredWarning, kernel
 from tests.tiny import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ("attend.c", "graph.c", "io.c", "scan.c", "summary.c")
 
 settings.register_profile("check", derandomize=True, deadline=None)
 settings.register_profile(
@@ -116,7 +117,7 @@ def instructions(
             pytest.skip("no C compiler")
         built = Path(str(tmp_path_factory.getbasetemp())) / f"kernel{request.param}.so"
         if not built.exists():
-            sources = [str(root / "alaya_tiers" / name) for name in ("attend.c", "graph.c", "io.c", "scan.c")]
+            sources = [str(root / "alaya_tiers" / name) for name in SOURCES]
             flags = ["-std=gnu11", "-O1", "-fPIC", "-shared", "-pthread", f"-DALAYA_MOST={request.param}"]
             subprocess.run([compiler, *flags, *sources, "-o", str(built), "-lm"], check=True)
         library = kernel._typed(ctypes.CDLL(str(built)))

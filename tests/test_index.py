@@ -12,7 +12,7 @@ from torch import Tensor
 
 from alaya_tiers.attention import attend_lists, attend_naive
 from alaya_tiers.errors import InputError
-from alaya_tiers.index import Coarse, Codes, Flat, Index
+from alaya_tiers.index import Coarse, Codes, Flat, Index, Parted
 from alaya_tiers.index.codes import Layout, Reach, Scan, Scratch, _product, encode, scan
 from alaya_tiers.testing_index import KEYS, ApproximateIndexTests, CompleteIndexTests, hard_keys
 
@@ -30,6 +30,23 @@ class TestCodes8(CompleteIndexTests):
 class TestCodes4(CompleteIndexTests):
     def make(self, keys: Tensor) -> Index:
         return Codes(keys, 4, block_tokens=16)
+
+
+class TestParted4(CompleteIndexTests):
+    def make(self, keys: Tensor) -> Index:
+        return Parted(keys, 4)
+
+
+class TestParted8InSmallBlocks(CompleteIndexTests):
+    def make(self, keys: Tensor) -> Index:
+        return Parted(keys, 8, block_tokens=80)
+
+
+class TestParted4Sure3(ApproximateIndexTests):
+    recall = 0.995
+
+    def make(self, keys: Tensor) -> Index:
+        return Parted(keys, 4, sure=3.0, deviations=5.0)
 
 
 class TestCoarse(CompleteIndexTests):

@@ -87,7 +87,7 @@ def test_codes_that_are_neighbours_are_read_together_and_bad_ones_are_left_out(
     layout = Layout(64, 8, 8, 8)
     data = np.random.default_rng(0).integers(0, 256, (10, 2 * layout.nbytes), np.uint8)
     digests = tuple(xxhash.xxh3_64_intdigest(run.tobytes()) for run in data)
-    codes = coded.LayerCodes(layout, 2, 0, digests)
+    codes = coded.LayerCodes(layout, 2, 0, digests, (0,) * 10).of_codes
     damaged = data.copy()
     damaged[6, 3] ^= 1
     (tmp_path / "codes").write_bytes(damaged.tobytes()[: 9 * codes.nbytes + 5])

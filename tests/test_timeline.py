@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from alaya_tiers import sparse
+from alaya_tiers import looking
 from alaya_tiers.tools import cli, timeline
 from alaya_tiers.tools.baselines import Shape
 from alaya_tiers.tools.spans import (
@@ -79,9 +79,9 @@ def test_what_the_forward_reads_itself_it_waits_for() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["exact", "sparse"])
 def test_everything_is_seen_and_put_back(tmp_path: Path, mode: str) -> None:
-    scan = vars(sparse)["scan"]
+    scan = vars(looking)["scan"]
     found = timeline.run(TINY, 16_384, 8.0, 4, mode, 3.0, str(tmp_path), None)
-    assert vars(sparse)["scan"] is scan
+    assert vars(looking)["scan"] is scan
     whats = {s.what for s in found.spans}
     assert {STEP, ATTENTION, WAIT, READ} <= whats
     assert (INDEX in whats) == (mode == "sparse")

@@ -42,6 +42,10 @@ LOOK = Settings().look_seconds
 HEADS: dict[str, float] = {"sharp": 6.0, "medium": 3.0, "diffuse": 1.0}
 """Standard deviation of a head's scores: 6 puts nearly all mass on a few keys, 1 spreads it over thousands."""
 
+RETRIEVAL = "retrieval"
+"""Heads that look for a passage of 64 tokens that lies anywhere and alone scores high (Retrieval Head, arXiv
+2404.15574): what is within reach of its best does not grow with the context."""
+
 PASSAGE, APART = 64, 2.0
 """Tokens of a passage, and how far its keys lie from those of its topic, in deviations of a key."""
 
@@ -50,7 +54,8 @@ PASSAGE, APART = 64, 2.0
 class Plan:
     """What to measure. layers: as many as make the codes larger than the processor's caches. Raises ConfigError.
 
-    passages: keys of every ``PASSAGE`` tokens have a direction in common, so that a query can look for them.
+    passages: keys of every ``PASSAGE`` tokens have a direction in common, so that a query can look for them. parts: see
+    Settings.index_parts.
     """
 
     contexts: tuple[int, ...] = (32 << 10, 128 << 10)
@@ -65,6 +70,7 @@ class Plan:
     most: int | None = None
     look_seconds: float = LOOK
     passages: bool = False
+    parts: float = 0.0
     steps: int = 15
     memory_bytes: int = 1 << 30
 
@@ -159,6 +165,15 @@ class Heads:
         q = torch.randn(p.layers, 1, p.kv_heads * p.group, 1, p.head_dim, generator=make)
         return (q * (std * math.sqrt(p.head_dim) / self._spread)).to(DTYPES[p.dtype])
 
+    def asked(self, kind: str, step: int, tokens: int) -> Tensor:
+        """Queries of a kind of heads; each of those that look for a passage wants another one in every step."""
+        if kind != RETRIEVAL:
+            return self.queries(step, HEADS[kind])
+        shape = self.plan.layers, self.plan.kv_heads * self.plan.group
+        return self.looking(
+            np.random.default_rng(step).integers(max(1, tokens // PASSAGE), size=shape), HEADS["medium"]
+        )
+
     def looking(self, passages: npt.NDArray[np.int64], std: float) -> Tensor:
         """Queries for a passage each, whose keys score about eight of ``std`` above all others' mean, at 64 dimensions.
 
@@ -196,6 +211,7 @@ def _row(plan: Plan, heads: Heads, tokens: int, say: Say) -> Row:
     settings = Settings(
         device_budget=room, host_budget=64 << 20, mode="sparse", alpha=plan.alpha, index_bits=plan.bits,
         index_sure=plan.sure, most_selected=plan.most, look_seconds=plan.look_seconds,
+        index_parts=plan.parts,
     )  # fmt: skip
     engine = Engine(settings)
     try:
@@ -208,31 +224,39 @@ def _row(plan: Plan, heads: Heads, tokens: int, say: Say) -> Row:
         engine.partitions.wait()
         session.build_index(lambda done, of: say(f"{tokens:,} tokens: index {done} of {of}"))
         row = Row(tokens, kv_bytes, engine.used_bytes("index"), engine.partitions.seconds)
-        for name, std in HEADS.items():
+        for name in (*HEADS, *[RETRIEVAL] * plan.passages):
             say(f"{tokens:,} tokens: {name} heads")
-            row.kinds.append(_kind(plan, heads, session, name, std))
+            row.kinds.append(_kind(plan, heads, session, name))
+        row.index_bytes = engine.used_bytes("index")
     finally:
         engine.close()
     return row
 
 
-def _kind(plan: Plan, heads: Heads, session: Session, name: str, std: float) -> Kind:
+def _kind(plan: Plan, heads: Heads, session: Session, name: str) -> Kind:
     engine, length = session.engine, session.length(0)
+
+    def ask(step: int) -> Tensor:
+        return heads.asked(name, step, length)
+
     visible, prefix = [Visible.all(length, 1)], [Visible.all(max(1, length // 5), 1)]
     engine.sparse = None
-    exact = _times(plan, lambda step: _attend(plan, session, heads.queries(step, std), visible))
-    dense = _dense(plan, heads, session, std)
+    exact = _times(plan, ask, lambda q: _attend(plan, session, q, visible))
+    dense = _dense(plan, ask, session)
     engine.sparse = SparseUse()
     for state in session.layers.values():
         state.history = History(plan.kv_heads)
-    sparse = _times(plan, lambda step: _attend(plan, session, heads.queries(step, std), visible))
-    first = _times(plan, lambda step: _attend(plan, session, heads.queries(step, std), prefix))
+    _attend(plan, session, ask(9_999), visible)
+    assert engine.partitions is not None
+    engine.partitions.wait()  # what this step showed to be worth having is made in idle time
+    sparse = _times(plan, ask, lambda q: _attend(plan, session, q, visible))
+    first = _times(plan, ask, lambda q: _attend(plan, session, q, prefix))
     engine.sparse = use = SparseUse()
     measured = engine.settings
     engine.settings = measured.replace(measure_mass=True)
     for state in session.layers.values():
         state.history = History(plan.kv_heads)
-    _attend(plan, session, heads.queries(10_000, std), visible)
+    _attend(plan, session, ask(10_000), visible)
     engine.settings = measured
     return Kind(name, exact, dense, sparse, use.as_dict(), first)
 
@@ -242,23 +266,24 @@ def _attend(plan: Plan, session: Session, q: Tensor, visible: list[Visible]) -> 
         session.attention(layer, q[layer], visible, plan.head_dim**-0.5)
 
 
-def _times(plan: Plan, step: Callable[[int], None]) -> list[float]:
+def _times(plan: Plan, ask: Callable[[int], Tensor], step: Callable[[Tensor], None]) -> list[float]:
     times = []
     for i in range(plan.steps + 1):
+        q = ask(i)
         began = time.perf_counter()
-        step(i)
+        step(q)
         times.append(time.perf_counter() - began)
     return times[1:]
 
 
-def _dense(plan: Plan, heads: Heads, session: Session, std: float) -> list[float]:
+def _dense(plan: Plan, ask: Callable[[int], Tensor], session: Session) -> list[float]:
     """torch's own attention over one layer that lies in place, times the layers."""
     if plan.token_bytes // plan.layers * session.length(0) > machine.available_ram() // 2:
         return []
     k, v = session.gather(0)
     times = []
     for i in range(min(5, plan.steps) + 1):
-        q = heads.queries(i, std)[0]
+        q = ask(i)[0]
         began = time.perf_counter()
         functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
         times.append((time.perf_counter() - began) * plan.layers)
@@ -312,8 +337,9 @@ def _quality(use: dict[str, Any]) -> list[str]:
 def plot(found: Found, path: Path) -> None:
     """Milliseconds a step over context length, a picture for each kind of head. Needs matplotlib."""
     pyplot = reporting.pyplot()
-    figure, grid = pyplot.subplots(1, len(HEADS), sharey=True, figsize=(4 * len(HEADS), 4), squeeze=False)
-    for column, (axes, name) in enumerate(zip(grid[0], HEADS, strict=True)):
+    names = [kind.name for kind in found.rows[0].kinds]
+    figure, grid = pyplot.subplots(1, len(names), sharey=True, figsize=(4 * len(names), 4), squeeze=False)
+    for column, (axes, name) in enumerate(zip(grid[0], names, strict=True)):
         kinds = [(row.tokens, row.kinds[column]) for row in found.rows]
         for way, label in (
             ("dense", "sdpa"),
@@ -342,6 +368,10 @@ def command(
     look_seconds: Annotated[
         float, typer.Option(help="That the optimizer believes a look takes; next to nothing: heads look in any case.")
     ] = LOOK,
+    passages: Annotated[
+        bool, typer.Option(help="Keys of each 64 tokens have a direction in common, and a kind of heads looks for it.")
+    ] = False,
+    parts: Annotated[float, typer.Option(help="Deviations by which parts of 64 tokens are left out; 0: none.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     layers: int = 4,
     kv_heads: int = 4,
@@ -359,7 +389,8 @@ def command(
         plan = Plan(
             contexts=contexts_of(contexts, CONTEXTS, quick=quick), kv_heads=kv_heads, group=group,
             head_dim=head_dim, layers=layers, dtype=dtype, alpha=alpha, bits=bits, sure=sure, most=most,
-            look_seconds=look_seconds, steps=1 if quick else steps, memory_bytes=8 << 20 if quick else 1 << 30,
+            look_seconds=look_seconds, passages=passages, parts=parts, steps=1 if quick else steps,
+            memory_bytes=8 << 20 if quick else 1 << 30,
         )  # fmt: skip
         with errors.status("memory") as status:
             found = run(plan, status.update)

@@ -33,7 +33,7 @@ from alaya_tiers.identity import Identity, Tokens, model_digest
 from alaya_tiers.parts import Chunk
 from alaya_tiers.tools import machine, offload, rawdisk
 from alaya_tiers.tools.baselines import DTYPES, parse_contexts
-from alaya_tiers.tools.heads import Heads
+from alaya_tiers.tools.heads import RETRIEVAL, Heads
 from alaya_tiers.tools.heads import Plan as HeadsPlan
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
 from alaya_tiers.tools.offload import Say, Way
@@ -86,8 +86,8 @@ class Found:
         return facts
 
 
-def run(plan: offload.Plan, host: int, say: Say) -> Found:
-    """Measure everything; ``plan.path`` keeps the context. Raises AlayaError, OSError."""
+def run(plan: offload.Plan, host: int, index: int | None, say: Say) -> Found:
+    """Measure everything; ``plan.path`` keeps the context. index: memory for codes. Raises AlayaError, OSError."""
     began, path, imported, import_rss = CpuUse.now(), plan.path, None, None
     assert path is not None
     path.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def run(plan: offload.Plan, host: int, say: Say) -> Found:
         import_rss = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
     rawdisk.empty_cache(path.rglob("*"))
     rss, opened = psutil.Process().memory_info().rss, time.perf_counter()
-    with _database(plan, host) as (engine, contexts):
+    with _database(plan, host, index) as (engine, contexts):
         opening, opened = time.perf_counter() - opened, time.perf_counter()
         names, known = contexts.match(WHO.root(""), _ids(plan))
         session = contexts.open([names], known, None, torch.device("cpu"))
@@ -141,12 +141,12 @@ def bring(described: str, host: int) -> None:
 
 
 @contextmanager
-def _database(plan: offload.Plan, host: int) -> Iterator[tuple[Engine, Contexts]]:
-    """A store of no model's but this benchmark's contexts, open for writing."""
+def _database(plan: offload.Plan, host: int, index: int | None = None) -> Iterator[tuple[Engine, Contexts]]:
+    """A store of no model's but this benchmark's contexts, open for writing. index: bytes of codes in memory."""
     settings = Settings(
         mode="sparse", alpha=plan.heads.alpha, index_bits=plan.heads.bits, index_sure=plan.heads.sure,
-        most_selected=plan.heads.most, index_budget=None, device_budget=128 << 20, host_budget=host,
-        guess=plan.ways[0][1], eviction=plan.ways[0][0],
+        most_selected=plan.heads.most, index_budget=index, device_budget=128 << 20, host_budget=host,
+        index_parts=plan.heads.parts, guess=plan.ways[0][1], eviction=plan.ways[0][0],
     )  # fmt: skip
     engine = Engine(settings, str(plan.path), MODEL)
     try:
@@ -216,12 +216,17 @@ def command(
     path: Annotated[Path, typer.Option(help="Directory that keeps the stored context for the next run.")],
     context: Annotated[str, typer.Option(help="Tokens. 16 KiB of KV each by default: 2560K are 40 GiB.")] = "2560K",
     host_budget: Annotated[str, typer.Option(help="Host memory for KV.")] = "2GiB",
-    kind: Annotated[str, typer.Option(help=f"Of heads: {', '.join(offload.KINDS)}.")] = offload.RETRIEVAL,
+    kind: Annotated[str, typer.Option(help=f"Of heads: {', '.join(offload.KINDS)}.")] = RETRIEVAL,
     drift: Annotated[float, typer.Option(help="Share of a query that is the last step's: 0 forgets, 1 stands.")] = 0.95,
     alpha: Annotated[float, typer.Option(help="Keys with this share of the largest weight are attended.")] = 0.012,
     eviction: Annotated[str, typer.Option(help="Policy of pages.")] = "lru",
     guess: Annotated[str, typer.Option(help="Policy of reading ahead.")] = "none",
     compute: Annotated[float, typer.Option(help="Milliseconds between two layers' attention, as of a model.")] = 0.0,
+    index_budget: Annotated[
+        str | None,
+        typer.Option(help="Memory for codes; the others stay on disk. [dim]default: all[/dim]", show_default=False),
+    ] = None,
+    parts: Annotated[float, typer.Option(help="Deviations by which parts of 64 tokens are left out; 0: none.")] = 0.0,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     bits: Annotated[int, typer.Option(help="Of a coded number: 4 or 8.")] = 4,
     layers: int = 8,
@@ -245,7 +250,8 @@ def command(
             dtype=dtype,
             alpha=alpha,
             bits=bits,
-            passages=kind == offload.RETRIEVAL,
+            passages=kind == RETRIEVAL,
+            parts=parts,
         )
         if tokens < CHUNK // 2:
             raise ConfigError(f"--context must be at least {CHUNK // 2} tokens")
@@ -254,7 +260,7 @@ def command(
             heads=heads, steps=2 if quick else steps, warm=1 if quick else warm, compute=compute / 1e3, path=path,
         )  # fmt: skip
         with errors.status("disk") as status:
-            found = run(plan, host, status.update)
+            found = run(plan, host, None if index_budget is None else parse_bytes(index_budget), status.update)
     show([table(found)], found.as_dict(), json_file)
 
 

@@ -29,7 +29,7 @@ from alaya_tiers.engine import Engine
 from alaya_tiers.errors import ConfigError
 from alaya_tiers.tools import machine, rawdisk, reporting
 from alaya_tiers.tools.baselines import DTYPES, parse_contexts
-from alaya_tiers.tools.heads import CHUNK, HEADS, PASSAGE, Heads
+from alaya_tiers.tools.heads import CHUNK, HEADS, PASSAGE, RETRIEVAL, Heads
 from alaya_tiers.tools.heads import Plan as HeadsPlan
 from alaya_tiers.tools.machine import Bandwidth, CpuUse
 from alaya_tiers.tools.reporting import JsonFile, PlotFile, need_matplotlib, one_line_errors, show
@@ -37,10 +37,8 @@ from alaya_tiers.tools.spans import FORWARD, STEP, Span, Split, Timeline, draw_s
 
 Say = Callable[[str], None]
 
-RETRIEVAL = "retrieval"
 KINDS = (*HEADS, RETRIEVAL)
-"""Of heads: how far scores are spread, or looking for a passage of 64 tokens that lies anywhere and alone scores high
-(Retrieval Head, arXiv 2404.15574): what is within reach of its best does not grow with the context."""
+"""Of heads: how far scores are spread, or looking for a passage."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from rich.table import Table
 
-from alaya_tiers import sparse
+from alaya_tiers import looking
 from alaya_tiers.cache import Session
 from alaya_tiers.engine import Engine
 from alaya_tiers.partitions import Partitions
@@ -85,7 +85,8 @@ class Timeline:
             (Session, "attention", self._noted(ATTENTION)),
             (Engine, "wait_for", self._noted(WAIT)),
             (Partitions, "_fetch", self._noted(READ)),
-            (sparse, "scan", self._noted(INDEX)),
+            (looking, "scan", self._noted(INDEX)),
+            (looking, "scan_parts", self._noted(INDEX)),
             (SsdTier, "read_jobs", self._jobs(READ)),
             (SsdTier, "page_jobs", self._jobs(READ)),
             (SsdTier, "write_jobs", self._jobs(WRITE)),

@@ -43,12 +43,17 @@ class Arena:
 
     @property
     def free(self) -> int:
-        return len(self._free) + self.capacity - self._made
+        left, more = self._accountant.left(self.name), self.capacity - self._made
+        return len(self._free) + (more if left is None else min(more, left // self.slot_bytes))
+
+    def limit(self, budget: int) -> None:
+        """Let it grow to so many bytes from now on, at most to what it was made for; what it has stays."""
+        self.capacity = max(self._made, min(self._addresses.size, budget // self.slot_bytes))
 
     @property
     def used(self) -> int:
         """Slots taken."""
-        return self.capacity - self.free
+        return self._made - len(self._free)
 
     def take(self, n: int) -> Slots | None:
         if n > self.free:
@@ -90,7 +95,7 @@ class Arena:
         self.capacity = self._made = 0
 
     def _grow(self) -> None:
-        n = min(self._per_slab, self.capacity - self._made)
+        n = min(self._per_slab, self.free - len(self._free))
         self._accountant.charge(self.name, n * self.slot_bytes)
         try:
             slab = self._make_slab(n * self.slot_bytes)

@@ -82,6 +82,12 @@ class Accountant:
             self.used[tier] = used
             self.peak[tier] = max(self.peak[tier], used)
 
+    def left(self, tier: str) -> int | None:
+        """Bytes of a tier's budget that are not taken; None where there is no limit."""
+        with self._lock:
+            limit = self.limits[tier]
+            return None if limit is None else limit - self.used[tier]
+
     def release(self, tier: str, nbytes: int) -> None:
         """Give ``nbytes`` back. Giving back more than was taken is an AssertionError, never clamped."""
         with self._lock:
