@@ -21,7 +21,7 @@ class NoCodes(Exception):
 
 
 class Scans:
-    """What heads of one attention scan. coarse: bool [kv_heads], which of them by parts. seed: of all heads, by number.
+    """What heads of one attention scan. coarse: bool [kv_heads], which of them by parts.
 
     verify: for some heads, see index.codes.Verify.
     """

@@ -56,6 +56,7 @@ def test_sizes_for_people_are_close(n: int) -> None:
         ("most_selected", "4MiB"),
         ("most_selected", True),
         ("index_sure", "high"),
+        ("index_parts", -1.0),
         ("least_mass", "a"),
         ("attention_target", "5ms"),
         ("attention_target", True),
