@@ -15,32 +15,19 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import psutil
 import torch
 from torch import Tensor
 
-from alaya_tiers import kernel, summaries
 from alaya_tiers.attention import parts_of_row
-from alaya_tiers.blocks import BlockShape, Geometry, round_up
-from alaya_tiers.coded import Pieces
+from alaya_tiers.blocks import BlockShape, Geometry
+from alaya_tiers.codememory import Announced, CodeMemory
 from alaya_tiers.config import Settings
-from alaya_tiers.devices.cpu import plain_slab
 from alaya_tiers.index.codes import MOST_DIMS, Layout, Scratch, encode
-from alaya_tiers.index.summary import Shape
-from alaya_tiers.kept import Kept
 from alaya_tiers.ledger import NOWHERE, UNCODABLE, Ids
 from alaya_tiers.mover import Mover
-from alaya_tiers.promises import Promise, Promises
-from alaya_tiers.summaries import Summaries
-from alaya_tiers.tiers.arena import Arena
+from alaya_tiers.promises import Promise
 from alaya_tiers.tiers.base import Accountant, Slots
-from alaya_tiers.tiers.mirror import Mirror, Mirrored
-
-SLAB_BYTES = 4 << 20
-"""Codes take memory in smaller steps than blocks: they are an eighth of them."""
-
-CODES_ALIGNED = 64
-"""Bytes: as a GPU reads them."""
+from alaya_tiers.tiers.mirror import Mirrored
 
 TOGETHER = 8
 """Runs coded at a time on a device."""
@@ -48,21 +35,8 @@ TOGETHER = 8
 MOST_WANTED = 64
 """Runs of blocks that one attention offers."""
 
-MOST_SUMMARIES = 2
-"""The budget over what summaries alone would take, at least, where codes are left on disk."""
-
 SUMMARISED = 16
 """Runs of blocks whose codes are summarised together."""
-
-
-class Announced(Protocol):
-    """Codes of a layer that will be promised, see coded.LayerCodes."""
-
-    @property
-    def of_codes(self) -> Pieces: ...
-
-    @property
-    def of_summaries(self) -> Pieces: ...
 
 
 class Source(Protocol):
@@ -116,10 +90,8 @@ class Partitions:
         wake: Callable[[], None],
         latent_dim: int | None = None,
     ) -> None:
-        self._settings, self._mover, self._accountant, self._wake = settings, mover, accountant, wake
-        self._arena: Arena | None = None
-        self._summaries = Summaries(mover, accountant)
-        self._mirror: Mirror | None = None
+        self._settings, self._mover, self._wake = settings, mover, wake
+        self._memory = CodeMemory[Source](settings, mover, accountant)
         self._queue: deque[Ids] = deque()
         self._to_summarise: deque[Ids] = deque()
         self._queued: set[int] = set()
@@ -129,31 +101,29 @@ class Partitions:
         self._summarising = threading.Lock()  # one at a time: no summary is read or made twice
         self._thread: threading.Thread | None = None
         self._loader: threading.Thread | None = None
-        self._wanted = 0
         self.failure: Exception | None = None
         """Why the last block that has no codes has none; it is attended exactly."""
         self.seconds = 0.0
         """Time it took to make codes."""
         self._local = threading.local()
         self._latent_dim, self._latent = latent_dim, dict[int, bool]()  # of layers: are whole rows what is compared
-        self._promises = Promises[Source]()
-        self._kept = Kept[Source](mover.ledger)
-        self._promised = self._reserved = 0
-        """Bytes of codes that can be read again, and of their summaries."""
-        self._announced = 0, 0
-        self.tight = False
-        """Whether there is more to load than the budget has room for: summaries alone are loaded, and codes when they
-        are wanted, in the place of others. Not where summaries would take more than half of it: then codes that fit
-        are loaded, and all other blocks attended exactly. So until nothing can be read again any more."""
         self._to_load: dict[int, list[tuple[Promise[Source], Ids]]] = {}  # of each layer: promises, first ids of runs
         self._loading: set[Promise[Source]] = set()
 
     @property
     def full(self) -> bool:
         """Whether codes found no room, or their summaries where these alone are kept, and there still is none."""
-        if self.tight:
-            return self._summaries.full
-        return self._wanted > 0 and self._arena is not None and self._arena.free < self._wanted
+        return self._memory.full
+
+    @property
+    def tight(self) -> bool:
+        """See CodeMemory."""
+        return self._memory.tight
+
+    def announce(self, layers: Iterable[Announced]) -> None:
+        """Codes that will be promised next."""
+        with self._mover.lock:
+            self._memory.announce(layers)
 
     @property
     def scratch(self) -> Scratch:
@@ -178,27 +148,16 @@ class Partitions:
         with self._making, self._mover.lock:
             self._latent[layer] = latent
             codes, short = self._mover.ledger.uncode(layer)
-            if self._arena is None:
+            if self._memory.arena is None:
                 return
-            self._arena.give(codes)
+            self._memory.arena.give(codes)
             if self._mover.summaries is not None:
                 self._mover.summaries.give(short)
-            if not self._arena.used:  # its slots may be too small now
-                self._drop()
+            if not self._memory.arena.used:  # its slots may be too small now
+                self._memory.close()
 
     def _is_latent(self, layer: int, g: Geometry) -> bool:
         return self._latent.get(layer, g.kv_heads == 1 and g.k_dim == self._latent_dim)
-
-    def announce(self, layers: Iterable[Announced]) -> None:
-        """Codes that will be promised next."""
-        codes = short = 0
-        for layer in layers:
-            runs = sum(digest != 0 for digest in layer.of_codes.digests)
-            codes += layer.of_codes.nbytes * runs
-            short += layer.of_summaries.nbytes * runs
-        with self._mover.lock:
-            self._announced = codes, short
-            self._limit()
 
     def promise(self, first: Ids, runs: npt.NDArray[np.integer], source: Source, layer: int) -> None:
         """Codes of runs (first block ids, numbers in the source) need not be made: they are loaded.
@@ -207,9 +166,9 @@ class Partitions:
         """
         promise = Promise(source, layer)
         with self._mover.lock:
-            self._promises.add(promise, first, runs)
-            self._kept.add(promise, first, runs)
-            self._promised_of(layer, first.size, announced=True)
+            self._memory.promises.add(promise, first, runs)
+            self._memory.kept.add(promise, first, runs)
+            self._memory.promised(self.layout_of(layer), layer, first.size, announced=True)
         with self._ready:
             self._to_load.setdefault(layer, []).append((promise, first))
             if self._loader is None and not self._closing:
@@ -219,33 +178,24 @@ class Partitions:
     def forget(self, first: Ids) -> None:
         """What was promised of these runs does not hold any more."""
         with self._mover.lock:
-            self._promises.forget(first)
-            gone = first[self._kept.holds(first)]
+            self._memory.promises.forget(first)
+            gone = first[self._memory.kept.holds(first)]
             for layer, count in zip(*np.unique(self._mover.ledger.layer[gone], return_counts=True), strict=True):
-                self._promised_of(int(layer), -int(count))
-            self._kept.forget(first)
-
-    def _promised_of(self, layer: int, runs: int, *, announced: bool = False) -> None:
-        """So many more runs may be read again. The lock is held."""
-        blocks, layout = runs * self._mover.shapes[layer].geometry.kv_heads, self.layout_of(layer)
-        codes, short = blocks * layout.nbytes, blocks * Shape.of(layout).nbytes
-        self._promised, self._reserved = self._promised + codes, self._reserved + short
-        if announced:
-            self._announced = max(0, self._announced[0] - codes), max(0, self._announced[1] - short)
-        self._limit()
+                self._memory.promised(self.layout_of(int(layer)), int(layer), -int(count))
+            self._memory.kept.forget(first)
 
     def export(self, ids: Ids) -> Tensor | None:
         """A copy of the codes of one run, uint8 [kv_heads, bytes]; None where it has none."""
         with self._mover.lock:
-            away = (self._mover.ledger.code[ids] < 0).any() and self._kept.holds(ids[:1]).all()
+            away = (self._mover.ledger.code[ids] < 0).any() and self._memory.kept.holds(ids[:1]).all()
         if away:
             self.bring(ids[:, None])
         with self._mover.lock:
             slots = self._mover.ledger.code[ids]
-            if self._arena is None or (slots < 0).any():
+            if self._memory.arena is None or (slots < 0).any():
                 return None
             nbytes = self.layout_of(int(self._mover.ledger.layer[ids[0]])).nbytes
-            return torch.stack([self._arena.tensor(slot)[:nbytes] for slot in slots.tolist()])
+            return torch.stack([self._memory.arena.tensor(slot)[:nbytes] for slot in slots.tolist()])
 
     def offer(self, ids: Ids) -> None:
         """Sealed blocks of one run, one a kv head: their codes will be made when there is time."""
@@ -259,12 +209,12 @@ class Partitions:
 
     def want_summaries(self, ids: Ids) -> None:
         """Summaries of blocks [kv_heads, n] that have codes are made when there is time. Not where a device scans."""
-        if self._mirror is not None:
+        if self._memory.mirror is not None:
             return
         with self._mover.lock:
-            missing = self._summaries.missing(ids)
+            missing = self._memory.summaries.missing(ids)
         with self._ready:
-            if missing.size and not (self._to_summarise or self._closing or self._summaries.full):
+            if missing.size and not (self._to_summarise or self._closing or self._memory.summaries.full):
                 self._to_summarise.extend(np.split(missing, range(SUMMARISED, missing.shape[1], SUMMARISED), 1))
                 self._wake_worker()
 
@@ -285,7 +235,7 @@ class Partitions:
             return
         with self._mover.lock:
             here = missing[self._mover.ledger.readable(ids[:, missing]).all(0)]
-            here = here[~self._promises.holds(ids[0, here])]
+            here = here[~self._memory.promises.holds(ids[0, here])]
         for column in here[:MOST_WANTED].tolist():
             self.offer(ids[:, column])
 
@@ -324,10 +274,10 @@ class Partitions:
             shape = mover.shapes[int(book.layer[ids[0]])]
             layout = self.layout_of(int(book.layer[ids[0]]))
             too_wide = layout.dims > MOST_DIMS[layout.bits]
-            if too_wide or (self._arena is not None and layout.nbytes > self._arena.slot_bytes):
+            if too_wide or (self._memory.arena is not None and layout.nbytes > self._memory.arena.slot_bytes):
                 book.coded(ids, UNCODABLE)
                 return False
-            if (slots := self._room(layout, ids.size, shape.geometry.kv_heads)) is None:
+            if (slots := self._memory.take(layout, ids.size, shape.geometry.kv_heads)) is None:
                 return False
             held = mover.hold()
             book.pin(ids)
@@ -341,13 +291,13 @@ class Partitions:
             coded = None if coded is None else coded.cpu()
         finally:
             with mover.lock:
-                if self._arena is not None:
+                if self._memory.arena is not None:
                     if coded is None:
-                        self._arena.give(slots)
+                        self._memory.arena.give(slots)
                         if ids.size <= shape.geometry.kv_heads:  # of several runs some can be
                             book.coded(ids, UNCODABLE)
                     else:
-                        self._fill(slots, coded, layout)
+                        self._memory.fill(slots, coded, layout)
                         book.coded(ids, slots)
                 mover.give_back(book.unpin(ids))
                 waited_for = mover.waited_for
@@ -366,12 +316,12 @@ class Partitions:
         with self._mover.lock:
             book, first = self._mover.ledger, ids[0]
             coded = (book.code[ids] >= 0).all(0)
-            cold = ~coded & self._kept.holds(first)
+            cold = ~coded & self._memory.kept.holds(first)
             coded = (coded | cold) & (book.summary[ids] >= 0).all(0)
             cold &= coded
             if not cold.any():
                 return self.here(ids)
-            short, held = self._summaries.addresses(ids[:, coded]), self._summaries.hold()
+            short, held = self._memory.summaries.addresses(ids[:, coded]), self._memory.summaries.hold()
             nowhere = np.zeros((ids.shape[0], int(coded.sum())), np.int64)
             return Known(coded, nowhere, None, held, book.codings, short, int(cold.sum()) * ids.shape[0])
 
@@ -380,42 +330,42 @@ class Partitions:
         those that were wanted longest ago, and what keeps them there; None where that cannot be.
         """
         with self._mover.lock:
-            self._kept.want(ids[0])
-            if self._arena is not None and ids.size > self._arena.capacity:
+            self._memory.kept.want(ids[0])
+            if self._memory.arena is not None and ids.size > self._memory.arena.capacity:
                 return None
             missing = self._missing(ids)
-            if self._arena is not None:
-                self._make_room(missing.size * ids.shape[0])  # for all at once
+            if self._memory.arena is not None:
+                self._memory.make_room(missing.size * ids.shape[0])  # for all at once
         self._load(ids[0, missing], ids.shape[0])
         with self._mover.lock:
             slots = self._mover.ledger.code[ids]
-            if self._arena is None or (slots < 0).any():
+            if self._memory.arena is None or (slots < 0).any():
                 return None
-            return self._arena.addresses(slots), (self._arena.hold(), self._kept.reader())
+            return self._memory.arena.addresses(slots), (self._memory.arena.hold(), self._memory.kept.reader())
 
     def here(self, ids: Ids) -> Known:
         """The same of what is in memory already."""
         with self._mover.lock:
             code, codings = self._mover.ledger.code[ids], self._mover.ledger.codings
             coded: npt.NDArray[np.bool_] = np.asarray((code >= 0).all(0))
-            if self._arena is None or not coded.any():
+            if self._memory.arena is None or not coded.any():
                 return Known(coded, np.empty((ids.shape[0], 0), np.int64), None, None, codings)
-            slots, mirror = code[:, coded], self._mirror
-            held: list[object] = [self._arena.hold(), self._kept.reader()]
+            slots, mirror = code[:, coded], self._memory.mirror
+            held: list[object] = [self._memory.arena.hold(), self._memory.kept.reader()]
             mirrored = None
             if mirror is not None:
                 mirrored = Mirrored(mirror, slots, self._mover.lock)
                 held.append(mirror.hold())
-            short = self._summaries.addresses(ids[:, coded])
-            held.append(self._summaries.hold())
-            return Known(coded, self._arena.addresses(slots), mirrored, held, codings, short)
+            short = self._memory.summaries.addresses(ids[:, coded])
+            held.append(self._memory.summaries.hold())
+            return Known(coded, self._memory.arena.addresses(slots), mirrored, held, codings, short)
 
     def hold(self, codings: int) -> object | None:
         """Keeps all codes in memory while it lives; None when some came or went since the ledger had counted these."""
         with self._mover.lock:
-            if self._arena is None or self._mover.ledger.codings != codings:
+            if self._memory.arena is None or self._mover.ledger.codings != codings:
                 return None
-            return self._arena.hold(), self._kept.reader(), self._summaries.hold()
+            return self._memory.arena.hold(), self._memory.kept.reader(), self._memory.summaries.hold()
 
     def _missing(self, ids: Ids) -> npt.NDArray[np.intp]:
         with self._mover.lock:
@@ -425,20 +375,23 @@ class Partitions:
         """Of blocks [kv_heads, n] whose summaries were kept, those that are missing. None twice."""
         with self._summarising:
             with self._mover.lock:
-                missing = self._summaries.missing(ids)[0]
-                wanted = [(promise, *self._kept.still(first, promise)) for promise, first in self._kept.of(missing)]
+                missing = self._memory.summaries.missing(ids)[0]
+                wanted = [
+                    (promise, *self._memory.kept.still(first, promise))
+                    for promise, first in self._memory.kept.of(missing)
+                ]
             for (source, layer), first, runs in wanted:
                 every, layout = first[:, None] + np.arange(len(ids)), self.layout_of(layer)
                 if not source.fits(layer, len(ids), layout):
                     self.forget(first)
                     continue
                 read = partial(source.load_summaries, layer, runs.tolist())
-                self.forget(first[~self._summaries.load(every, layout, self._budget, read)])
+                self.forget(first[~self._memory.summaries.load(every, layout, self._memory.budget, read)])
 
     def _load(self, first: Ids, heads: int) -> None:
         """Put codes that were kept of these runs where codes are, as far as there is room."""
         with self._mover.lock:
-            wanted = self._promises.of(first)
+            wanted = self._memory.promises.of(first)
         for promise, some in wanted:
             if not self._fetch(promise, some, heads):
                 return
@@ -462,15 +415,17 @@ class Partitions:
         """
         source, layer = promise
         with self._mover.lock:
-            first, runs = self._promises.still(first, promise)
+            first, runs = self._memory.promises.still(first, promise)
             if not first.size:
                 return True
             layout = self.layout_of(layer)
-            if not source.fits(layer, heads, layout) or (self._arena and layout.nbytes > self._arena.slot_bytes):
+            if not source.fits(layer, heads, layout) or (
+                self._memory.arena and layout.nbytes > self._memory.arena.slot_bytes
+            ):
                 self.forget(first)
                 return True
-            slots = self._slots(layout, len(first), heads)
-            if not len(slots) or (arena := self._arena) is None:
+            slots = self._memory.slots(layout, len(first), heads)
+            if not len(slots) or (arena := self._memory.arena) is None:
                 return False
             held, addresses = arena.hold(), arena.addresses(slots)
         tried, good = first[: len(slots)], np.zeros(len(slots), bool)
@@ -478,111 +433,39 @@ class Partitions:
             good = source.load(layer, runs[: len(slots)].tolist(), addresses)
         finally:
             with self._mover.lock:
-                if self._arena is arena:
-                    known = self._promises.holds(tried, promise)
+                if self._memory.arena is arena:
+                    known = self._memory.promises.holds(tried, promise)
                     self._loaded(tried[:, None] + np.arange(heads), slots, good & known, layout)
-                    self._promises.forget(tried[known])
+                    self._memory.promises.forget(tried[known])
                     self.forget(tried[known & ~good])
             del held
         return len(slots) == len(first)
 
     def _loaded(self, ids: Ids, slots: Slots, good: npt.NDArray[np.bool_], layout: Layout) -> None:
         """Codes of runs ``ids`` [n, kv_heads] were read into ``slots``: those that are good count. The lock is held."""
-        assert self._arena is not None
+        assert self._memory.arena is not None
         book = self._mover.ledger
         same = layout == self.layout_of(int(book.layer[ids[0, 0]]))
         good = good & same & (book.code[ids] == NOWHERE).all(1)
-        self._arena.give(slots[~good].ravel())
+        self._memory.arena.give(slots[~good].ravel())
         book.coded(ids[good].ravel(), slots[good].ravel())
-        if self._mirror is not None and good.any():
-            rows = [self._arena.tensor(slot)[: layout.nbytes] for slot in slots[good].ravel().tolist()]
-            self._mirror.put(slots[good].ravel(), torch.stack(rows))
-
-    def _slots(self, layout: Layout, runs: int, heads: int) -> Slots:
-        """Slots [n, heads] for as many runs as there is room for. The lock is held."""
-        found = self._room(layout, runs * heads, heads)
-        if found is None and self._arena is not None and not self._closing:
-            found = self._room(layout, self._arena.free // heads * heads, heads)
-            self._wanted = heads
-        return np.empty((0, heads), np.int32) if found is None else found.reshape(-1, heads)
-
-    def _fill(self, slots: Slots, coded: Tensor, layout: Layout) -> None:
-        assert self._arena is not None
-        coded = coded.contiguous()
-        source = coded.data_ptr() + np.arange(len(slots)) * layout.nbytes
-        kernel.copy(source, self._arena.addresses(slots), np.full(len(slots), layout.nbytes), None)
-        if self._mirror is not None:
-            self._mirror.put(slots, coded)
+        if self._memory.mirror is not None and good.any():
+            rows = [self._memory.arena.tensor(slot)[: layout.nbytes] for slot in slots[good].ravel().tolist()]
+            self._memory.mirror.put(slots[good].ravel(), torch.stack(rows))
 
     def close(self) -> None:
         """Stop after the blocks at hand; free all codes. Twice is fine."""
         with self._ready:
-            self._closing = True
+            self._closing = self._memory.closed = True
             self._queue.clear()
             self._ready.notify_all()
         for thread in (self._thread, self._loader):
             if thread is not None and thread is not threading.current_thread():
                 thread.join()
         with self._mover.lock:
-            self._drop()
+            self._memory.close()
 
     # ------------------------------------------------------------------ inside
-    def _drop(self) -> None:
-        """Give up all memory of codes. The lock is held."""
-        self._summaries.close()
-        for memory in (self._arena, self._mirror):
-            if memory is not None:
-                memory.close()
-        self._arena = self._mover.codes = self._mirror = None
-
-    def _room(self, layout: Layout, n: int, heads: int) -> Slots | None:
-        """``n`` slots for codes of blocks of so many heads; None when the budget is used up."""
-        if self._closing:
-            return None
-        if self._arena is None:
-            budget = self._budget
-            near = 0 if self._mover.lanes.device.on_cpu else self._settings.device_index_budget
-            lanes = 1 if near else heads  # a mirror has the first slots of all, in their order
-            self._arena = self._mover.codes = Arena(
-                "index", budget, layout.nbytes, self._accountant, plain_slab, slab_bytes=SLAB_BYTES, lanes=lanes
-            )
-            self._limit()
-            if near:
-                slot = round_up(layout.nbytes, CODES_ALIGNED)
-                self._mirror = Mirror(near, slot, self._accountant, self._mover.lanes.device)
-        slots = self._arena.take(n)
-        if slots is None and self.tight:
-            self._make_room(n)
-            slots = self._arena.take(n)
-        self._wanted = n if slots is None else 0
-        return slots
-
-    def _make_room(self, n: int) -> None:
-        """Have codes leave that can be read again, until ``n`` slots are free, as far as nobody reads them. The lock is
-        held."""
-        arena, book, kept = self._arena, self._mover.ledger, self._kept
-        assert arena is not None
-        for slots in kept.free():
-            arena.give(slots)
-        first = kept.oldest(max(0, n - arena.free))
-        heads = np.array(
-            [self._mover.shapes[layer].geometry.kv_heads for layer in book.layer[first].tolist()], np.int64
-        )
-        first = first[: int(np.searchsorted(np.cumsum(heads), n - arena.free)) + 1]
-        for count in np.unique(heads[: first.size]).tolist():
-            kept.leave(book.left((first[heads[: first.size] == count][:, None] + np.arange(count)).ravel()))
-        for promise, some in kept.of(first):
-            self._promises.add(promise, *kept.still(some, promise))
-        for slots in kept.free():
-            arena.give(slots)
-
-    def _limit(self) -> None:
-        """Where not everything fits, codes leave room for the summaries of all that was promised. The lock is held."""
-        codes, short = self._promised + self._announced[0], self._reserved + self._announced[1]
-        self.tight = codes > self._budget >= MOST_SUMMARIES * short or (self.tight and codes > 0)
-        if self._arena is not None:
-            self._arena.limit(self._budget - (short + summaries.SLAB_BYTES if self.tight else 0))
-
     def _work(self) -> None:
         with contextlib.suppress(OSError, AttributeError):  # Linux: the priority of this thread alone
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
@@ -604,17 +487,11 @@ class Partitions:
             except Exception as error:  # nothing depends on it
                 self.failure = error
 
-    @property
-    def _budget(self) -> int:
-        """Bytes of codes and summaries together."""
-        budget = self._settings.index_budget
-        return psutil.virtual_memory().total if budget is None else budget
-
     def _summarise(self, ids: Ids) -> None:
-        arena, layer = self._arena, int(self._mover.ledger.layer[ids[0, 0]])
+        arena, layer = self._memory.arena, int(self._mover.ledger.layer[ids[0, 0]])
         if arena is not None:
             with self._summarising:
-                self._summaries.make(ids, arena, self.layout_of(layer), self._budget)
+                self._memory.summaries.make(ids, arena, self.layout_of(layer), self._memory.budget)
 
     def _next_runs(self) -> list[Ids]:
         """Some of the queue, of one layer. The condition is held."""

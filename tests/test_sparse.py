@@ -241,7 +241,7 @@ def test_forks_share_codes_and_dead_blocks_give_them_back() -> None:
     with filled(k, v) as cache:
         partitions = cache.session.engine.partitions
         assert partitions is not None
-        arena = partitions._arena
+        arena = partitions._memory.arena
         assert arena is not None
         before = arena.used
         assert before == 1000 // BLOCK * 2
