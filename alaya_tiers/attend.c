@@ -99,36 +99,8 @@ static cursor seek(const job *j, int64_t head, int64_t first, int64_t last)
     return (cursor){a, first - j->spans[a].before, last - first, j->addresses + head * j->address_stride};
 }
 
-#ifdef X86
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
-#define VL 16
-#include "attend.c"
-#undef VL
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define VL 8
-#include "attend.c"
-#undef VL
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-#define VL 4
-#include "attend.c"
-#undef VL
+#define SELF "attend.c"
+#include "widths.h"
 
 /* Work for several threads: items are claimed one by one; a worker's number picks its scratch. */
 typedef struct batch {

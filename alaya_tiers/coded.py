@@ -50,6 +50,11 @@ class Pieces(NamedTuple):
         """Bytes of one run."""
         return self.heads * self.each
 
+    @property
+    def end(self) -> int:
+        """Where what comes after all runs begins."""
+        return self.offset + len(self.digests) * self.nbytes
+
 
 @dataclass(frozen=True, slots=True)
 class LayerCodes:
@@ -65,11 +70,6 @@ class LayerCodes:
     summaries: tuple[int, ...]
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of one run."""
-        return self.kv_heads * self.layout.nbytes
-
-    @property
     def of_codes(self) -> Pieces:
         """What the codes are, run by run."""
         return Pieces(self.offset, self.kv_heads, self.layout.nbytes, self.digests)
@@ -77,14 +77,7 @@ class LayerCodes:
     @property
     def of_summaries(self) -> Pieces:
         """What their summaries are."""
-        at = self.offset + len(self.digests) * self.nbytes
-        return Pieces(at, self.kv_heads, Shape.of(self.layout).nbytes, self.summaries)
-
-    @property
-    def end(self) -> int:
-        """Where the next layer begins."""
-        summaries = self.of_summaries
-        return summaries.offset + len(self.digests) * summaries.nbytes
+        return Pieces(self.of_codes.end, self.kv_heads, Shape.of(self.layout).nbytes, self.summaries)
 
 
 class OtherCodes(ValueError):
@@ -207,6 +200,6 @@ def _layer(data: Any, data_at: int) -> LayerCodes:
     if min(numbers) < 1 or max(numbers) > 1 << 24 or not 0 <= int(data["offset"]) < 1 << 60:
         raise ValueError("sizes that cannot be")
     codes = LayerCodes(layout, int(data["kv_heads"]), data_at + int(data["offset"]), digests, summaries)
-    if codes.nbytes > _MOST_RUN:
+    if codes.of_codes.nbytes > _MOST_RUN:
         raise ValueError("sizes that cannot be")
     return codes

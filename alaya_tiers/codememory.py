@@ -49,6 +49,9 @@ class CodeMemory(Generic[S]):
 
     def __init__(self, settings: Settings, mover: Mover, accountant: Accountant) -> None:
         self._settings, self._mover, self._accountant = settings, mover, accountant
+        budget = settings.index_budget
+        self.budget = psutil.virtual_memory().total if budget is None else budget
+        """Bytes of codes and summaries together."""
         self.arena: Arena | None = None
         self.mirror: Mirror | None = None
         self.summaries = Summaries(mover, accountant)
@@ -64,13 +67,8 @@ class CodeMemory(Generic[S]):
         are loaded, and all other blocks attended exactly. So until nothing can be read again any more."""
         self._wanted = 0
         self._promised = self._reserved = 0  # bytes of codes that can be read again, and of their summaries
-        self._announced = 0, 0
-
-    @property
-    def budget(self) -> int:
-        """Bytes of codes and summaries together."""
-        budget = self._settings.index_budget
-        return psutil.virtual_memory().total if budget is None else budget
+        self.announced = 0, 0
+        """The same of what will be promised next."""
 
     @property
     def full(self) -> bool:
@@ -80,13 +78,13 @@ class CodeMemory(Generic[S]):
         return self._wanted > 0 and self.arena is not None and self.arena.free < self._wanted
 
     def announce(self, layers: Iterable[Announced]) -> None:
-        """Codes that will be promised next. The lock is held."""
+        """All codes that will be promised next. The lock is held."""
         codes = short = 0
         for layer in layers:
-            runs = sum(digest != 0 for digest in layer.of_codes.digests)
+            runs = len(layer.of_codes.digests) - layer.of_codes.digests.count(0)
             codes += layer.of_codes.nbytes * runs
             short += layer.of_summaries.nbytes * runs
-        self._announced = codes, short
+        self.announced = codes, short
         self._limit()
 
     def promised(self, layout: Layout, layer: int, runs: int, *, announced: bool = False) -> None:
@@ -95,7 +93,7 @@ class CodeMemory(Generic[S]):
         codes, short = blocks * layout.nbytes, blocks * Shape.of(layout).nbytes
         self._promised, self._reserved = self._promised + codes, self._reserved + short
         if announced:
-            self._announced = max(0, self._announced[0] - codes), max(0, self._announced[1] - short)
+            self.announced = max(0, self.announced[0] - codes), max(0, self.announced[1] - short)
         self._limit()
 
     def take(self, layout: Layout, n: int, heads: int) -> Slots | None:
@@ -157,7 +155,7 @@ class CodeMemory(Generic[S]):
 
     def _limit(self) -> None:
         """Where not everything fits, codes leave room for the summaries of all that was promised. The lock is held."""
-        codes, short = self._promised + self._announced[0], self._reserved + self._announced[1]
+        codes, short = self._promised + self.announced[0], self._reserved + self.announced[1]
         self.tight = codes > self.budget >= MOST_SUMMARIES * short or (self.tight and codes > 0)
         if self.arena is not None:
             self.arena.limit(self.budget - (short + summaries.SLAB_BYTES if self.tight else 0))

@@ -103,7 +103,11 @@ class Contexts:
         with self._lock:
             wanted = dict.fromkeys(name for names in rows for name in names)
             indexes = self._indexes([name for name in wanted if not self._adopted.holds(name)])
-            held = {name: self._hold(name, device, indexes) for name in wanted}
+            try:
+                held = {name: self._hold(name, device, indexes) for name in wanted}
+            finally:
+                if self.engine.partitions is not None:
+                    self.engine.partitions.announce(())
             self.last_used |= dict.fromkeys(wanted, self.engine.clock.monotonic())
             for place, number in enumerate(sorted(self._prefixes.record(rows[0][0]).layers)):
                 first = [np.concatenate([held[name][place][0] for name in names]) for names in rows]
@@ -295,14 +299,14 @@ class Contexts:
         except StoreCorrupt as error:
             self._prefixes.lost(name, error)
             raise self._prefixes.corrupt(name) from error
-        index = indexes.get(name)
-        if index is not None and self.engine.partitions is not None:
-            self.engine.partitions.announce(layer for one in indexes.values() for layer in one.layers.values())
-            del indexes[name]
+        index, partitions = indexes.get(name), self.engine.partitions
+        if index is not None and partitions is not None:
+            if not partitions.announced:
+                partitions.announce(layer for one in indexes.values() for layer in one.layers.values())
             numbers = sorted(segment.layers)
             blocks = {n: first for n, (first, _) in zip(numbers, held, strict=True)}
             heads = {n: heads for n, (_, heads) in zip(numbers, held, strict=True)}
-            promise(index, blocks, heads, self.engine.partitions)
+            promise(index, blocks, heads, partitions)
         return held
 
     def _expect_windows(self, session: Session, length: int) -> None:

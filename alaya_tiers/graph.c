@@ -75,36 +75,8 @@ static void seat_key(walk *w, int64_t r, float score, int32_t key)
     if (a < w->next[r]) w->next[r] = a;
 }
 
-#ifdef X86
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
-#define VL 16
-#include "graph.c"
-#undef VL
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define VL 8
-#include "graph.c"
-#undef VL
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-#define VL 4
-#include "graph.c"
-#undef VL
+#define SELF "graph.c"
+#include "widths.h"
 
 /* Score w->fresh; returns -1 when memory ran out. */
 static int take(walk *w, int64_t count)

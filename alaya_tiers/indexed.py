@@ -19,11 +19,8 @@ from torch import Tensor
 from alaya_tiers.coded import LayerCodes, Pieces, encoded, header_of, runs_into
 from alaya_tiers.index.codes import Layout
 from alaya_tiers.index.summary import summarise
-from alaya_tiers.partitions import Partitions, Source
+from alaya_tiers.partitions import SUMMARISED, Partitions, Source
 from alaya_tiers.seams import Disk, write_new
-
-TOGETHER = 16
-"""Runs whose codes are summarised together."""
 
 Runs = npt.NDArray[np.int64]
 """The first block id of each run of blocks."""
@@ -37,8 +34,8 @@ class IndexFile(Source):
 
     def expect(self, layer: int) -> None:
         """See Source."""
-        codes = self.layers[layer]
-        self._disk.expect(self._path, codes.offset, len(codes.digests) * codes.nbytes)
+        codes = self.layers[layer].of_codes
+        self._disk.expect(self._path, codes.offset, codes.end - codes.offset)
 
     def fits(self, layer: int, heads: int, layout: Layout) -> bool:
         """See Source."""
@@ -80,7 +77,7 @@ def save(
         layers[number] = LayerCodes(layout, heads[number], offset, _digests(runs), _digests(short))
         for some, at in ((runs, layers[number].of_codes), (short, layers[number].of_summaries)):
             parts += [(at.offset + run * at.nbytes, one) for run, one in enumerate(some) if one is not None]
-        offset = layers[number].end
+        offset = layers[number].of_summaries.end
     if not parts:
         return False
     pieces, data_at = encoded(record, layers)
@@ -98,8 +95,8 @@ def _summaries(runs: list[Tensor | None], layout: Layout) -> list[Tensor | None]
     """Of the codes of each run, where it has some: many together, which is faster."""
     found: list[Tensor | None] = [None] * len(runs)
     coded = [number for number, run in enumerate(runs) if run is not None]
-    for start in range(0, len(coded), TOGETHER):
-        some = coded[start : start + TOGETHER]
+    for start in range(0, len(coded), SUMMARISED):
+        some = coded[start : start + SUMMARISED]
         made = summarise(torch.cat([run for number in some if (run := runs[number]) is not None]), layout)
         for number, one in zip(some, made.view(len(some), -1, made.shape[1]), strict=True):
             found[number] = one

@@ -120,8 +120,13 @@ class Partitions:
         """See CodeMemory."""
         return self._memory.tight
 
+    @property
+    def announced(self) -> bool:
+        """Whether something is, and was not promised yet."""
+        return any(self._memory.announced)
+
     def announce(self, layers: Iterable[Announced]) -> None:
-        """Codes that will be promised next."""
+        """All codes that will be promised next: none any more, if none are given."""
         with self._mover.lock:
             self._memory.announce(layers)
 

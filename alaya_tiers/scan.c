@@ -77,8 +77,6 @@ typedef struct {
 
 static const float LOG2_E = 1.44269504f;
 
-static float cap(float x, float c) { return c > 0 ? c * tanhf(x / c) : x; }
-
 /* The smallest unscaled score whose scaled and capped one is at least x. */
 static float uncap(float x, float scale, float c)
 {
@@ -117,36 +115,9 @@ static const uint8_t *levels_of(const scan *f, const float *block)
     return (const uint8_t *)mean_v_of(f, block) + f->v_dim;
 }
 
-#ifdef X86
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512bw,avx512dq,avx512vl,avx512vnni,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
-#endif
-#define VL 16
-#include "scan.c"
-#undef VL
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define VL 8
-#include "scan.c"
-#undef VL
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-#define VL 4
-#include "scan.c"
-#undef VL
+#define SELF "scan.c"
+#define VNNI
+#include "widths.h"
 
 static void means_of_piece(void *data, int64_t item, int64_t worker)
 {

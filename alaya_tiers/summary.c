@@ -41,38 +41,8 @@ typedef struct left {
     float *out, *lse;            /* [heads][rows][v_dim]; [heads][rows] */
 } left;
 
-static float cap(float x, float c) { return c > 0 ? c * tanhf(x / c) : x; }
-
-#ifdef X86
-#ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512bw,avx512dq,avx512vl,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
-#endif
-#define VL 16
-#include "summary.c"
-#undef VL
-#ifdef __clang__
-#pragma clang attribute pop
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#else
-#pragma GCC pop_options
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
-#define VL 8
-#include "summary.c"
-#undef VL
-#ifdef __clang__
-#pragma clang attribute pop
-#else
-#pragma GCC pop_options
-#endif
-#endif
-#define VL 4
-#include "summary.c"
-#undef VL
+#define SELF "summary.c"
+#include "widths.h"
 
 static void some_blocks(void *data, int64_t item, int64_t worker)
 {

@@ -15,6 +15,9 @@
 typedef float f4 __attribute__((vector_size(16)));
 typedef float f8 __attribute__((vector_size(32)));
 typedef int32_t i4 __attribute__((vector_size(16)));
+
+/* A soft-capped score; no cap: 0. */
+static inline float cap(float x, float c) { return c > 0 ? c * tanhf(x / c) : x; }
 #endif
 
 typedef float NAME(vf) __attribute__((vector_size(4 * VL)));

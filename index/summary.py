@@ -52,11 +52,8 @@ PART = LANES
 SCOUTS = 4
 """Parts whose keys weigh most in the mean that are scanned first, for each query: a bar for all others."""
 
-_WIDE, _HEAD, _EACH = (
-    64,
-    2,
-    4,
-)  # as in summary.c: channels are a multiple; floats in front; tokens a spread is taken from
+_WIDE, _HEAD = 64, 2  # as in summary.c: channels are a multiple of the one; floats in front
+_EACH = 4  # of so many tokens one tells of the spread
 
 
 @dataclass(frozen=True, slots=True)

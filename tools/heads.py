@@ -223,14 +223,13 @@ def _row(plan: Plan, heads: Heads, tokens: int, say: Say) -> Row:
         assert engine.partitions is not None
         engine.partitions.wait()
         session.build_index(lambda done, of: say(f"{tokens:,} tokens: index {done} of {of}"))
-        row = Row(tokens, kv_bytes, engine.used_bytes("index"), engine.partitions.seconds)
+        kinds = list[Kind]()
         for name in (*HEADS, *[RETRIEVAL] * plan.passages):
             say(f"{tokens:,} tokens: {name} heads")
-            row.kinds.append(_kind(plan, heads, session, name))
-        row.index_bytes = engine.used_bytes("index")
+            kinds.append(_kind(plan, heads, session, name))
+        return Row(tokens, kv_bytes, engine.used_bytes("index"), engine.partitions.seconds, kinds)
     finally:
         engine.close()
-    return row
 
 
 def _kind(plan: Plan, heads: Heads, session: Session, name: str) -> Kind:
